@@ -1,0 +1,70 @@
+//! Every operation of the Wan trainer. An op is a definition in plain candle (`reference`) that may also have a fast
+//! path (`cuda`); both sit in the op's own folder, forward and backward side by side, with its tests and its kernel.
+//!
+//! Axes used in tensor names: `b` batch, `l` query tokens, `m` key tokens, `d` model width, `n` heads, `h` head width,
+//! `i`/`o` in/out features of a linear, `r` adapter rank, `c` channels, `f`/`y`/`x` frames, rows, columns.
+
+use candle_core::{DType, Device};
+
+pub mod error;
+
+pub use error::{Error, Result};
+
+/// Where ops run; chosen once in `main` and passed down.
+#[derive(Clone)]
+pub enum Exec {
+    /// Plain candle ops on the given device, computing in `compute`: F32 is the definition.
+    Reference { device: Device, compute: DType },
+}
+
+impl Exec {
+    /// The definition of every op: plain candle in fp32 on the CPU.
+    pub fn cpu() -> Self {
+        Exec::Reference { device: Device::Cpu, compute: DType::F32 }
+    }
+
+    pub fn device(&self) -> &Device {
+        match self {
+            Exec::Reference { device, .. } => device,
+        }
+    }
+
+    /// The dtype in which linears and attention compute.
+    pub fn compute(&self) -> DType {
+        match self {
+            Exec::Reference { compute, .. } => *compute,
+        }
+    }
+
+    /// Checks the arguments at the op's one gate, then runs the path of this executor.
+    pub fn run<O: Op>(&self, args: &O::Args<'_>) -> Result<O::Out> {
+        O::check(args)?;
+        match self {
+            Exec::Reference { compute, .. } => O::reference(args, *compute),
+        }
+    }
+}
+
+/// What an op must do at least: benches divide by time and print percent of peak.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Cost {
+    /// Floating-point operations (a multiply-add counts two).
+    pub flops: f64,
+    /// Bytes read and written if every tensor is touched once.
+    pub bytes: f64,
+}
+
+/// One operation: its arguments, its gate, its cost, its definition.
+pub trait Op {
+    /// Named borrows of everything the op reads.
+    type Args<'a>;
+    type Out;
+    /// Bench row, profiler range, error prefix.
+    const NAME: &'static str;
+    /// The only gate for shapes, dtypes and strides; below it the op trusts.
+    fn check(args: &Self::Args<'_>) -> Result<()>;
+    fn cost(args: &Self::Args<'_>) -> Cost;
+    /// Plain, tape-safe candle ops on any device. `compute` F32 is the definition of the op, BF16/F16 the naive
+    /// low-precision answer that a fast kernel's error is measured against.
+    fn reference(args: &Self::Args<'_>, compute: DType) -> Result<Self::Out>;
+}
