@@ -12,6 +12,7 @@ pub mod commands;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod fsio;
 pub mod hub;
 pub mod loader;
 pub mod optim;

@@ -1,0 +1,154 @@
+//! Where checkpoints lie: their names, which old ones go, and which one is the newest.
+
+use super::state;
+use crate::error::UserError;
+use crate::fsio;
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+
+/// The names of a run's files. They are the old tool's, so that scripts and people find them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    pub output_dir: PathBuf,
+    pub output_name: String,
+}
+
+impl Names {
+    pub fn new(output_dir: impl Into<PathBuf>, output_name: impl Into<String>) -> Self {
+        Self { output_dir: output_dir.into(), output_name: output_name.into() }
+    }
+
+    fn at(&self, suffix: String) -> PathBuf {
+        self.output_dir.join(format!("{}{suffix}", self.output_name))
+    }
+
+    /// `{name}-{epoch:06}.safetensors`
+    pub fn epoch_file(&self, epoch: u64) -> PathBuf {
+        self.at(format!("-{epoch:06}.safetensors"))
+    }
+
+    /// `{name}-step{step:08}.safetensors`
+    pub fn step_file(&self, step: u64) -> PathBuf {
+        self.at(format!("-step{step:08}.safetensors"))
+    }
+
+    /// `{name}.safetensors`
+    pub fn final_file(&self) -> PathBuf {
+        self.at(".safetensors".into())
+    }
+
+    /// `{name}-{epoch:06}-state`
+    pub fn epoch_state(&self, epoch: u64) -> PathBuf {
+        self.at(format!("-{epoch:06}-state"))
+    }
+
+    /// `{name}-step{step:08}-state`
+    pub fn step_state(&self, step: u64) -> PathBuf {
+        self.at(format!("-step{step:08}-state"))
+    }
+
+    /// `{name}-state`
+    pub fn final_state(&self) -> PathBuf {
+        self.at("-state".into())
+    }
+
+    /// The finished state of this run that got furthest.
+    pub fn latest_state(&self) -> Option<PathBuf> {
+        let entries = std::fs::read_dir(&self.output_dir).ok()?;
+        entries
+            .flatten()
+            .filter(|e| {
+                let name = e.file_name().to_string_lossy().into_owned();
+                name.strip_prefix(&self.output_name).and_then(|n| n.strip_suffix("-state")).is_some_and(|middle| {
+                    let digits = middle.strip_prefix("-step").or_else(|| middle.strip_prefix('-')).unwrap_or(middle);
+                    digits.chars().all(|c| c.is_ascii_digit())
+                })
+            })
+            .filter_map(|e| state::peek(&e.path()).map(|(step, epoch)| (step, epoch, e.path())))
+            .max()
+            .map(|(_, _, path)| path)
+    }
+}
+
+/// Which old checkpoints are removed. The rules are the old tool's: `save_last_n_epochs` counts epoch checkpoints,
+/// `save_last_n_steps` counts steps (not files); states follow unless they have their own number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retention {
+    pub save_every_n_epochs: Option<u64>,
+    pub save_last_n_epochs: Option<u64>,
+    pub save_last_n_epochs_state: Option<u64>,
+    pub save_every_n_steps: Option<u64>,
+    pub save_last_n_steps: Option<u64>,
+    pub save_last_n_steps_state: Option<u64>,
+}
+
+impl Retention {
+    fn old_epoch(&self, epoch: u64, last: Option<u64>) -> Option<u64> {
+        epoch.checked_sub(self.save_every_n_epochs? * last?)
+    }
+
+    fn old_step(&self, step: u64, last: Option<u64>) -> Option<u64> {
+        let every = self.save_every_n_steps.filter(|n| *n > 0)?;
+        let reached = step.checked_sub(last? + 1)?;
+        Some(reached - reached % every)
+    }
+
+    /// Removes what the checkpoint just written at `epoch` makes superfluous. Files already gone are no error.
+    pub fn after_epoch(&self, names: &Names, epoch: u64) -> Result<Vec<PathBuf>> {
+        let file = self.old_epoch(epoch, self.save_last_n_epochs).map(|e| names.epoch_file(e));
+        let last = self.save_last_n_epochs_state.or(self.save_last_n_epochs);
+        let state = self.old_epoch(epoch, last).map(|e| names.epoch_state(e));
+        remove(file, state)
+    }
+
+    /// The same after the checkpoint of `step`.
+    pub fn after_step(&self, names: &Names, step: u64) -> Result<Vec<PathBuf>> {
+        let file = self.old_step(step, self.save_last_n_steps).map(|s| names.step_file(s));
+        let last = self.save_last_n_steps_state.or(self.save_last_n_steps);
+        let state = self.old_step(step, last).map(|s| names.step_state(s));
+        remove(file, state)
+    }
+}
+
+fn remove(file: Option<PathBuf>, state_dir: Option<PathBuf>) -> Result<Vec<PathBuf>> {
+    let mut gone = Vec::new();
+    if let Some(file) = file.filter(|f| f.is_file()) {
+        std::fs::remove_file(&file).map_err(|e| fsio::explain(e, &file))?;
+        gone.push(file);
+    }
+    // Only what is a state of ours is removed: a directory of that name without the marker is somebody's.
+    if let Some(dir) = state_dir.filter(|d| state::peek(d).is_some()) {
+        fsio::remove_dir(&dir)?;
+        gone.push(dir);
+    }
+    Ok(gone)
+}
+
+/// The newest `.safetensors` file of `resume_checkpoints/` (by modification time, then by name); `None` where the
+/// directory is absent or holds none.
+pub fn newest_checkpoint(dir: &Path) -> Result<Option<PathBuf>> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(fsio::explain(e, dir)),
+    };
+    let newest = entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.is_file() && p.extension().is_some_and(|x| x.eq_ignore_ascii_case("safetensors")))
+        .filter(|p| !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')))
+        .filter_map(|p| Some((p.metadata().and_then(|m| m.modified()).ok()?, p)))
+        .max();
+    Ok(newest.map(|(_, path)| path))
+}
+
+/// A path given by the user for weights to start from: must exist and be a file.
+pub fn require_file(option: &str, path: &Path) -> Result<()> {
+    if path.is_file() {
+        return Ok(());
+    }
+    let what = if path.is_dir() { "is a directory, not a file" } else { "does not exist" };
+    Err(UserError::new(format!("{option}: {} {what}", path.display()))
+        .hint("check the path; nothing was started from scratch in its place")
+        .into())
+}
