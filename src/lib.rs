@@ -14,6 +14,7 @@ pub mod data;
 pub mod error;
 pub mod fsio;
 pub mod hub;
+pub mod kwargs;
 pub mod loader;
 pub mod optim;
 pub mod plan;

@@ -1,1 +1,2 @@
 mod golden_support;
+mod train;

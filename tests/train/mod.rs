@@ -1,0 +1,3 @@
+//! Training: schedules, timesteps, optimizer, trainer, residency, plan.
+
+mod schedule;
