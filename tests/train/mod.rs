@@ -1,3 +1,4 @@
 //! Training: schedules, timesteps, optimizer, trainer, residency, plan.
 
 mod schedule;
+mod timesteps;
