@@ -1,1 +1,168 @@
-//! cli
+//! What was typed. Flags are made from the option table, so names, aliases and help exist once; hyphens and
+//! underscores in flag names are the same.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use crate::config::{find, Kind, Opt, Typed, OPTIONS};
+
+/// A verb with what was typed for it.
+#[derive(Debug)]
+pub enum Invocation {
+    /// No verb: check, cache, train.
+    Run(Typed),
+    Cache {
+        typed: Typed,
+        what: CacheWhat,
+    },
+    Train(Typed),
+    Plan(Typed),
+    Show {
+        name: Option<String>,
+        typed: Typed,
+        json: bool,
+    },
+    Verify {
+        golden: Option<PathBuf>,
+        device: String,
+    },
+}
+
+/// Which caches `cache` makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheWhat {
+    Both,
+    Latents,
+    Text,
+}
+
+/// Parses a command line (first word is the program). Errors carry their own text and exit code (2; 0 for `--help`).
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, clap::Error> {
+    let matches = command().try_get_matches_from(args.into_iter().map(underscored))?;
+    Ok(match matches.subcommand() {
+        None => Invocation::Run(typed(&matches)),
+        Some(("train", m)) => Invocation::Train(typed(m)),
+        Some(("plan", m)) => Invocation::Plan(typed(m)),
+        Some(("cache", m)) => {
+            let what = match (m.get_flag("only_latents"), m.get_flag("only_text")) {
+                (true, _) => CacheWhat::Latents,
+                (_, true) => CacheWhat::Text,
+                _ => CacheWhat::Both,
+            };
+            Invocation::Cache { typed: typed(m), what }
+        }
+        Some(("show", m)) => {
+            Invocation::Show { name: m.get_one::<String>("name").cloned(), typed: typed(m), json: m.get_flag("json") }
+        }
+        Some(("verify", m)) => Invocation::Verify {
+            golden: m.get_one::<PathBuf>("golden").cloned(),
+            device: m.get_one::<String>("device").cloned().unwrap_or_default(),
+        },
+        Some((verb, _)) => unreachable!("clap knows no verb `{verb}`"),
+    })
+}
+
+/// The whole command line, for parsing and for `--help`.
+pub fn command() -> Command {
+    let verb = |name: &'static str, about: &'static str| run_args(Command::new(name).about(about));
+    run_args(Command::new("wan-train"))
+        .about("Trains LoRA adapters for the Wan 2.1/2.2 video models on one GPU")
+        .after_help("Without a verb: check the dataset, cache what is missing, train.")
+        .version(env!("CARGO_PKG_VERSION"))
+        .args_conflicts_with_subcommands(true)
+        .arg_required_else_help(true)
+        .infer_long_args(false)
+        .subcommand(
+            verb("cache", "Encode the dataset: VAE latents, text, image conditions")
+                .arg(flag("only_latents", "Latents and image conditions only").conflicts_with("only_text"))
+                .arg(flag("only_text", "Text only")),
+        )
+        .subcommand(verb("train", "Train on caches that are already there"))
+        .subcommand(verb("plan", "Print what will be where in memory, and whether it fits"))
+        .subcommand(
+            verb("show", "Print the resolved configuration of a template, or list what is built in")
+                .arg(Arg::new("name").help("Template, or an embedded file such as datasets/NAME.toml"))
+                .arg(flag("json", "One flat JSON object")),
+        )
+        .subcommand(
+            Command::new("verify")
+                .about("Check every model and formula against reference numbers")
+                .arg(
+                    Arg::new("golden")
+                        .long("golden")
+                        .value_name("DIR")
+                        .value_parser(clap::value_parser!(PathBuf))
+                        .help("Directory of reference cases (default: the embedded set)"),
+                )
+                .arg(
+                    Arg::new("device")
+                        .long("device")
+                        .value_parser(PossibleValuesParser::new(["cpu", "cuda"]))
+                        .default_value("cpu")
+                        .help("Where to compute"),
+                ),
+        )
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
+}
+
+fn run_args(command: Command) -> Command {
+    let file = Arg::new("config_file")
+        .long("config_file")
+        .value_name("FILE")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help("TOML file with options by name; flags win over it")
+        .help_heading("Template");
+    command.arg(file).args(OPTIONS.iter().map(arg))
+}
+
+fn arg(opt: &'static Opt) -> Arg {
+    let mut help = opt.help.to_owned();
+    if !opt.choices.is_empty() {
+        help.push_str(&format!(" [{}]", opt.choices.join(", ")));
+    }
+    let arg = Arg::new(opt.name)
+        .long(opt.name)
+        .visible_aliases(opt.aliases.iter().copied())
+        .help(help)
+        .help_heading(opt.group)
+        .hide_possible_values(true);
+    match opt.kind {
+        Kind::Flag => arg.num_args(0..=1).require_equals(true).action(ArgAction::Append).value_name("BOOL"),
+        Kind::List => arg.num_args(1..).action(ArgAction::Append).value_name("WORD"),
+        Kind::Int => arg.value_name("N").overrides_with(opt.name),
+        Kind::Float => arg.value_name("X").overrides_with(opt.name).allow_negative_numbers(true),
+        Kind::Text => arg.value_name("TEXT").overrides_with(opt.name),
+        Kind::Path => arg.value_name("PATH").overrides_with(opt.name),
+    }
+}
+
+fn typed(matches: &ArgMatches) -> Typed {
+    let mut typed = Typed { config_file: matches.get_one::<PathBuf>("config_file").cloned(), ..Typed::default() };
+    for opt in OPTIONS.iter().filter(|o| matches.value_source(o.name).is_some()) {
+        let words = matches.get_many::<String>(opt.name).map(|w| w.cloned().collect()).unwrap_or_default();
+        typed.flags.insert(find(opt.name).expect("from the table").name, words);
+    }
+    typed
+}
+
+/// `--noise-level=low` means `--noise_level=low`; values and single dashes stay as they are.
+fn underscored(arg: OsString) -> OsString {
+    let Some(text) = arg.to_str() else { return arg };
+    match text.strip_prefix("--") {
+        Some(rest) if !rest.is_empty() => {
+            let (name, value) = rest.split_once('=').map_or((rest, None), |(n, v)| (n, Some(v)));
+            let name = name.replace('-', "_");
+            match value {
+                Some(value) => format!("--{name}={value}").into(),
+                None => format!("--{name}").into(),
+            }
+        }
+        _ => arg,
+    }
+}

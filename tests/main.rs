@@ -1,2 +1,3 @@
+mod config;
 mod golden_support;
 mod train;

@@ -1,1 +1,8 @@
-//! config
+//! What the user meant: options resolved from template < file < flags into one printable [`RunConfig`].
+
+mod layers;
+mod options;
+pub mod registry;
+
+pub use layers::{line_column, resolve, unknown, Layer, Resolved, Typed};
+pub use options::{find, Kind, Opt, RunConfig, OPTIONS, SCHEDULES, TASKS, TIMESTEP_MODES};

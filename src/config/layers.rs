@@ -1,0 +1,400 @@
+//! template < file < flags: three layers of `name = value`, laid over the defaults once. Nothing below this module
+//! looks at a flag, an environment variable or a template again.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde_json::{Map, Value};
+
+use super::options::{find, Kind, Opt, RunConfig, OPTIONS};
+use super::registry;
+use crate::error::{nearest, UserError};
+
+/// Which layer gave an option its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layer {
+    Default,
+    Template(String),
+    File(PathBuf),
+    Flag,
+    /// Worked out from other options (paths under the run directory, time stamps).
+    Derived,
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Layer::Default => f.write_str("default"),
+            Layer::Template(name) => write!(f, "template {name}"),
+            Layer::File(path) => write!(f, "{}", path.display()),
+            Layer::Flag => f.write_str("flag"),
+            Layer::Derived => f.write_str("derived"),
+        }
+    }
+}
+
+/// What was typed, before it means anything.
+#[derive(Debug, Clone, Default)]
+pub struct Typed {
+    /// `--config_file`.
+    pub config_file: Option<PathBuf>,
+    /// Flags by option name (aliases already replaced), each with its words; a bare flag has none.
+    pub flags: BTreeMap<&'static str, Vec<String>>,
+}
+
+/// The resolved run, and where each value came from.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    pub config: RunConfig,
+    pub origin: BTreeMap<&'static str, Layer>,
+    /// Sentences that the user should read once (ignored table names, replaced values).
+    pub notes: Vec<String>,
+}
+
+/// Lays the layers over each other and works out the derived values. `stamp` is the `YYYYmmdd_HHMM` of the run.
+pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
+    let mut stack = Stack::default();
+    let file = match &typed.config_file {
+        Some(path) => Some((path.clone(), file_layer(path, &mut stack.notes)?)),
+        None => None,
+    };
+    let mut flags = Map::new();
+    for (name, words) in &typed.flags {
+        let opt = find(name).expect("flags are made from the table");
+        flags.insert(opt.name.into(), from_words(opt, words)?);
+    }
+    let asked = |key: &str| {
+        let value = flags.get(key).or_else(|| file.as_ref().and_then(|(_, f)| f.get(key)));
+        value.and_then(Value::as_str).map(str::to_owned)
+    };
+    if let Some(name) = asked("template") {
+        let (short, layer) = template_layer(&name, asked("noise_level").as_deref(), &mut stack.notes)?;
+        stack.lay(layer, &Layer::Template(short));
+    }
+    if let Some((path, layer)) = file {
+        stack.lay(layer, &Layer::File(path));
+    }
+    stack.lay(flags, &Layer::Flag);
+    stack.finish(stamp)
+}
+
+#[derive(Default)]
+struct Stack {
+    values: Map<String, Value>,
+    origin: BTreeMap<&'static str, Layer>,
+    notes: Vec<String>,
+}
+
+impl Stack {
+    fn lay(&mut self, layer: Map<String, Value>, name: &Layer) {
+        for (key, value) in layer {
+            let opt = find(&key).expect("layers hold known options only");
+            self.values.insert(key, value);
+            self.origin.insert(opt.name, name.clone());
+        }
+    }
+
+    fn finish(self, stamp: &str) -> anyhow::Result<Resolved> {
+        let mut all = match serde_json::to_value(RunConfig::default())? {
+            Value::Object(map) => map,
+            _ => unreachable!("a struct serialises to an object"),
+        };
+        all.extend(self.values);
+        let config: RunConfig = serde_json::from_value(Value::Object(all)).context("resolving the options")?;
+        let mut resolved = Resolved { config, origin: self.origin, notes: self.notes };
+        derive(&mut resolved, stamp);
+        validate(&resolved.config)?;
+        Ok(resolved)
+    }
+}
+
+/// Values that follow from others. Order matters: the run directory is named before the name gets its time stamp.
+fn derive(r: &mut Resolved, stamp: &str) {
+    let c = &mut r.config;
+    let mut derived = Vec::new();
+    let base = c.base_dir.to_string_lossy().into_owned();
+    let in_base = |p: &Path| PathBuf::from(p.to_string_lossy().replace("{base_dir}", &base));
+    for path in [&mut c.dit, &mut c.vae, &mut c.t5, &mut c.clip, &mut c.dataset_config].into_iter().flatten() {
+        *path = in_base(path);
+    }
+    c.base_weights.iter_mut().for_each(|p| *p = p.replace("{base_dir}", &base));
+    if c.skip_lightning && matches!(r.origin.get("base_weights"), Some(Layer::Template(_))) {
+        c.base_weights.clear();
+        c.base_weights_multiplier.clear();
+        derived.extend(["base_weights", "base_weights_multiplier"]);
+    }
+    if c.template.is_some() {
+        let name = c.output_name.clone().unwrap_or_else(|| "wan-lora".into());
+        if c.run_dir.is_none() {
+            c.run_dir = Some(c.base_dir.join("outputs").join(&name));
+            derived.push("run_dir");
+        }
+        let stamped = !matches!(r.origin.get("output_name"), Some(Layer::Flag)) || c.resume.is_none();
+        if stamped {
+            let level = c.noise_level.as_ref().map(|l| format!("{l}-")).unwrap_or_default();
+            c.output_name = Some(format!("{name}-{level}{stamp}"));
+            derived.push("output_name");
+        }
+        if c.logging_dir.is_none() {
+            c.logging_dir = c.run_dir.as_ref().map(|d| d.join("logs"));
+            derived.push("logging_dir");
+        }
+    }
+    if c.output_dir.is_none() {
+        c.output_dir = c.run_dir.clone();
+        derived.push("output_dir");
+    }
+    if let Some(boundary) = c.timestep_boundary.as_mut().filter(|b| **b > 1.0) {
+        *boundary /= 1000.0;
+    }
+    r.origin.extend(derived.into_iter().map(|name| (name, Layer::Derived)));
+}
+
+/// Reads a template with its ancestors and its part for the noise level into one flat layer.
+fn template_layer(
+    name: &str,
+    noise_level: Option<&str>,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<(String, Map<String, Value>)> {
+    let short = match name.strip_suffix(".toml") {
+        Some(path) => Path::new(path).file_name().map_or(name.into(), |s| s.to_string_lossy().into_owned()),
+        None => name.to_owned(),
+    };
+    let (layer, has_levels) = template_chain(name, noise_level, notes, 0)?;
+    match (has_levels, noise_level) {
+        (true, None) => Err(UserError::usage(format!(
+            "template {short} trains one of the two Wan 2.2 experts and needs to know which"
+        ))
+        .hint("add --noise_level high or --noise_level low")
+        .into()),
+        (false, Some(_)) => Err(UserError::usage(format!(
+            "template {short} has a single model: --noise_level is for Wan 2.2 templates"
+        ))
+        .hint("leave --noise_level out")
+        .into()),
+        _ => Ok((short, layer)),
+    }
+}
+
+/// A template laid over the one it extends; the flag tells whether any of them has parts per noise level.
+fn template_chain(
+    name: &str,
+    noise_level: Option<&str>,
+    notes: &mut Vec<String>,
+    depth: usize,
+) -> anyhow::Result<(Map<String, Value>, bool)> {
+    const DEEPEST: usize = 8;
+    if depth > DEEPEST {
+        return Err(UserError::usage(format!("template {name} extends itself")).into());
+    }
+    let text = match name.ends_with(".toml") {
+        true => read_file(Path::new(name), "template")?,
+        false => registry::template(name)?.to_owned(),
+    };
+    let mut table = parse_toml(&text, name)?;
+    table.remove("description");
+    let (mut map, inherited) = match table.remove("extends") {
+        Some(toml::Value::String(parent)) => template_chain(&parent, noise_level, notes, depth + 1)?,
+        Some(other) => {
+            return Err(UserError::usage(format!("{name}: `extends` names another template, not {other}")).into())
+        }
+        None => (Map::new(), false),
+    };
+    let levels = split_levels(table, name, &text, noise_level, &mut map, notes)?;
+    Ok((map, inherited || levels))
+}
+
+/// Lays a template's own options, then those of its `[high]` or `[low]` part; tells whether it has such parts.
+fn split_levels(
+    mut table: toml::Table,
+    name: &str,
+    text: &str,
+    noise_level: Option<&str>,
+    into: &mut Map<String, Value>,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<bool> {
+    let parts: Vec<(&str, toml::Value)> =
+        ["high", "low"].into_iter().filter_map(|k| table.remove(k).map(|v| (k, v))).collect();
+    let has = !parts.is_empty();
+    into.extend(check_table(table, name, text, notes)?);
+    for (level, part) in parts {
+        if let (toml::Value::Table(part), true) = (part, noise_level == Some(level)) {
+            into.extend(check_table(part, name, text, notes)?);
+        }
+    }
+    Ok(has)
+}
+
+fn file_layer(path: &Path, notes: &mut Vec<String>) -> anyhow::Result<Map<String, Value>> {
+    let with_suffix = path.with_extension("toml");
+    let path = if path.exists() { path } else { &with_suffix };
+    let text = read_file(path, "configuration file")?;
+    check_table(parse_toml(&text, &path.display().to_string())?, &path.display().to_string(), &text, notes)
+}
+
+fn read_file(path: &Path, what: &str) -> Result<String, UserError> {
+    std::fs::read_to_string(path)
+        .map_err(|e| UserError::usage(format!("{what} {} cannot be read: {e}", path.display())).hint("check the path"))
+}
+
+fn parse_toml(text: &str, name: &str) -> Result<toml::Table, UserError> {
+    text.parse::<toml::Table>().map_err(|e| {
+        let (line, column) = e.span().map_or((1, 1), |s| line_column(text, s.start));
+        UserError::usage(format!("{name}, line {line}, column {column}: {}", e.message().replace('\n', " ")))
+    })
+}
+
+/// 1-based line and column of a byte offset.
+pub fn line_column(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text[..offset.min(text.len())];
+    let line = before.matches('\n').count() + 1;
+    (line, before.chars().rev().take_while(|c| *c != '\n').count() + 1)
+}
+
+/// Known names and right types only. Table names mean nothing (as in the old trainer): tables are flattened.
+fn check_table(
+    table: toml::Table,
+    name: &str,
+    text: &str,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<Map<String, Value>> {
+    let mut map = Map::new();
+    for (key, value) in table {
+        match (find(&key), value) {
+            (Some(opt), value) => {
+                map.insert(opt.name.into(), from_toml(opt, &value, name)?);
+            }
+            (None, toml::Value::Table(inner)) => map.extend(check_table(inner, name, text, notes)?),
+            (None, _) => {
+                let line = text.lines().position(|l| l.trim_start().starts_with(&key)).map_or(0, |l| l + 1);
+                return Err(unknown(&format!("{name}, line {line}: unknown key `{key}`"), &key).into());
+            }
+        }
+    }
+    Ok(map)
+}
+
+/// The error for a name that is in no row of the table.
+pub fn unknown(what: &str, typed: &str) -> UserError {
+    let names = OPTIONS.iter().flat_map(|o| std::iter::once(o.name).chain(o.aliases.iter().copied()));
+    let error = UserError::usage(what);
+    match nearest(typed, names) {
+        Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None => error.hint("`wan-train --help` lists every option"),
+    }
+}
+
+fn wrong(opt: &Opt, where_: &str, got: &str) -> UserError {
+    let wanted = match opt.kind {
+        _ if !opt.choices.is_empty() => format!("one of {}", opt.choices.join(", ")),
+        Kind::Flag => "true or false".into(),
+        Kind::Int => "a whole number that is not negative".into(),
+        Kind::Float => "a number".into(),
+        Kind::Text | Kind::Path => "text".into(),
+        Kind::List => "a list of words".into(),
+    };
+    let error = UserError::usage(format!("{where_}`{}` cannot be `{got}`: it takes {wanted}", opt.name));
+    match nearest(got, opt.choices.iter().copied()) {
+        Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None => error,
+    }
+}
+
+fn choice(opt: &Opt, word: &str, where_: &str) -> Result<Value, UserError> {
+    if opt.choices.is_empty() {
+        return Ok(Value::String(word.into()));
+    }
+    let found = opt.choices.iter().find(|c| c.eq_ignore_ascii_case(word));
+    found.map(|c| Value::String((*c).into())).ok_or_else(|| wrong(opt, where_, word))
+}
+
+fn from_words(opt: &Opt, words: &[String]) -> Result<Value, UserError> {
+    let joined = words.join(" ");
+    let word = words.first().map(String::as_str).unwrap_or_default();
+    Ok(match opt.kind {
+        Kind::Flag if words.is_empty() || word == "true" => Value::Bool(true),
+        Kind::Flag if word == "false" => Value::Bool(false),
+        Kind::Int => word.parse::<u64>().map_err(|_| wrong(opt, "--", word))?.into(),
+        Kind::Float => match word.parse::<f64>() {
+            Ok(x) if x.is_finite() => x.into(),
+            _ => return Err(wrong(opt, "--", word)),
+        },
+        Kind::Text => choice(opt, word, "--")?,
+        Kind::Path => Value::String(word.into()),
+        Kind::List => Value::Array(words.iter().map(|w| Value::String(w.clone())).collect()),
+        Kind::Flag => return Err(wrong(opt, "--", &joined)),
+    })
+}
+
+fn from_toml(opt: &Opt, value: &toml::Value, name: &str) -> Result<Value, UserError> {
+    let where_ = format!("{name}: ");
+    let plain = |v: &toml::Value| match v {
+        toml::Value::String(s) => Some(s.clone()),
+        toml::Value::Integer(i) => Some(i.to_string()),
+        toml::Value::Float(f) => Some(f.to_string()),
+        _ => None,
+    };
+    let wrong = || wrong(opt, &where_, value.to_string().trim_matches('"'));
+    Ok(match (opt.kind, value) {
+        (Kind::Flag, toml::Value::Boolean(b)) => Value::Bool(*b),
+        (Kind::Int, toml::Value::Integer(i)) => u64::try_from(*i).map_err(|_| wrong())?.into(),
+        (Kind::Float, toml::Value::Integer(i)) => (*i as f64).into(),
+        (Kind::Float, toml::Value::Float(f)) if f.is_finite() => (*f).into(),
+        (Kind::Text, v) => choice(opt, &plain(v).ok_or_else(wrong)?, &where_)?,
+        (Kind::Path, toml::Value::String(s)) => Value::String(s.clone()),
+        (Kind::List, toml::Value::String(s)) => Value::Array(vec![Value::String(s.clone())]),
+        (Kind::List, toml::Value::Array(items)) => Value::Array(
+            items.iter().map(|v| plain(v).map(Value::String)).collect::<Option<Vec<_>>>().ok_or_else(wrong)?,
+        ),
+        _ => return Err(wrong()),
+    })
+}
+
+/// Ranges that no single type can express.
+fn validate(c: &RunConfig) -> Result<(), UserError> {
+    let bad = |what: String| Err(UserError::usage(what));
+    if c.learning_rate < 0.0 {
+        return bad(format!("learning_rate is {}: it cannot be negative", c.learning_rate));
+    }
+    for (name, value) in [
+        ("network_dim", c.network_dim),
+        ("gradient_accumulation_steps", c.gradient_accumulation_steps),
+        ("block_swap_ring_size", c.block_swap_ring_size),
+        ("max_train_steps", c.max_train_steps),
+        ("max_train_epochs", c.max_train_epochs.unwrap_or(1)),
+        ("save_every_n_epochs", c.save_every_n_epochs.unwrap_or(1)),
+        ("save_every_n_steps", c.save_every_n_steps.unwrap_or(1)),
+    ] {
+        if value == 0 {
+            return bad(format!("{name} is 0: it must be at least 1"));
+        }
+    }
+    let (low, high) = (c.min_timestep.unwrap_or(0), c.max_timestep.unwrap_or(1000));
+    if low >= high || high > 1000 {
+        return bad(format!("timesteps {low} to {high}: min_timestep must be below max_timestep, both within 0..1000"));
+    }
+    for (name, p) in
+        [("network_dropout", c.network_dropout), ("lr_scheduler_min_lr_ratio", c.lr_scheduler_min_lr_ratio)]
+    {
+        if p.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
+            return bad(format!("{name} is {}: it must lie between 0 and 1", p.unwrap_or_default()));
+        }
+    }
+    if c.resume.is_some() && c.network_weights.is_some() {
+        return Err(UserError::usage("--resume and --resume_from exclude each other")
+            .hint("--resume continues a run exactly; --resume_from starts a new run from its weights"));
+    }
+    if c.base_weights_multiplier.len() > c.base_weights.len() {
+        return bad(format!(
+            "{} values of base_weights_multiplier for {} base_weights files",
+            c.base_weights_multiplier.len(),
+            c.base_weights.len()
+        ));
+    }
+    if let Some(w) = c.base_weights_multiplier.iter().find(|w| w.parse::<f64>().map_or(true, |x| !x.is_finite())) {
+        return bad(format!("base_weights_multiplier `{w}` is not a number"));
+    }
+    Ok(())
+}
