@@ -1,4 +1,5 @@
 mod config;
 mod data;
 mod golden_support;
+mod loader;
 mod train;
