@@ -2,4 +2,5 @@ mod config;
 mod data;
 mod golden_support;
 mod loader;
+mod report;
 mod train;

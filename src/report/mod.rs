@@ -1,4 +1,13 @@
 //! What a run tells: progress on the terminal, tables, TensorBoard events, JSON lines, the loss curve.
 
+pub mod curve;
+mod font;
+pub mod progress;
+pub mod runlog;
 pub mod table;
 pub mod tensorboard;
+
+pub use curve::write_loss_curve;
+pub use progress::{for_stderr, Progress, Silent, Task, Work};
+pub use runlog::{event_dir, LossAverage, RunLog, StepLog};
+pub use table::Table;
