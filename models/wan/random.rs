@@ -1,0 +1,76 @@
+//! Seeded random weights in the manner of the reference numbers: every path of the model matters to its output.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{BlockWeights, ResidentWeights, WanWeights};
+use crate::arch::WanArch;
+use crate::keys;
+use crate::linear::Weight;
+use crate::{Error, Result};
+
+/// Every tensor of a DiT under its official name, fp32 on the CPU. Norm weights 1 ± 0.2 (of queries and keys 1.4 ± 0.3),
+/// modulation ± 0.25, biases ± 0.1, matrices N(0, 1/fan_in), head not zero. The same on every machine for a seed.
+pub fn random_weights(arch: &WanArch, seed: u64) -> Result<BTreeMap<String, Tensor>> {
+    arch.validate()?;
+    let mut rng = Normal { state: seed };
+    let mut tensors = BTreeMap::new();
+    for spec in keys::expected(arch) {
+        let fan_in = spec.shape[1..].iter().product::<usize>().max(1) as f64;
+        let (mean, std) = match spec.key.as_str() {
+            k if k.ends_with("norm_q.weight") || k.ends_with("norm_k.weight") || k.ends_with("norm_k_img.weight") => {
+                (1.4, 0.3)
+            }
+            k if k.ends_with("modulation") => (0.0, 0.25),
+            k if k.ends_with("emb_pos") => (0.0, 0.1),
+            k if k.ends_with(".bias") => (0.0, 0.1),
+            _ if spec.shape.len() == 1 => (1.0, 0.2),
+            _ => (0.0, 1.0 / fan_in.sqrt()),
+        };
+        let count = spec.shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| (mean + std * rng.next()) as f32).collect();
+        tensors.insert(spec.key, Tensor::from_vec(values, spec.shape, &Device::Cpu)?);
+    }
+    Ok(tensors)
+}
+
+impl WanWeights {
+    /// Splits a whole model held in memory into its outer weights and its blocks.
+    pub fn from_tensors(arch: &WanArch, tensors: &BTreeMap<String, Tensor>) -> Result<(Self, ResidentWeights)> {
+        let mut get = |key: &str| match tensors.get(key) {
+            Some(t) => Ok(Weight::Dense(t.clone())),
+            None => Err(Error::MissingWeight { model: "wan", key: key.to_string() }),
+        };
+        let rest = Self::from_getter(arch, &mut get)?;
+        let blocks: Result<Vec<_>> =
+            (0..arch.num_layers).map(|i| BlockWeights::from_getter(arch, i, &mut get)).collect();
+        Ok((rest, ResidentWeights::new(blocks?)))
+    }
+}
+
+/// Standard normals by Box-Muller over SplitMix64 (Steele, Lea, Flood 2014).
+struct Normal {
+    state: u64,
+}
+
+impl Normal {
+    fn uniform(&mut self) -> f64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+    }
+
+    fn next(&mut self) -> f64 {
+        let (u, v) = (self.uniform(), self.uniform());
+        (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
+    }
+}
+
+/// Converts every tensor, e.g. to the dtype a checkpoint would have.
+pub fn cast_all(tensors: &BTreeMap<String, Tensor>, dtype: DType) -> Result<BTreeMap<String, Tensor>> {
+    tensors.iter().map(|(k, t)| Ok((k.clone(), t.to_dtype(dtype)?))).collect()
+}
