@@ -6,7 +6,23 @@
 
 use candle_core::{DType, Device};
 
+pub mod adamw;
+pub mod adamw8bit;
+pub mod attention;
 pub mod error;
+pub mod flow;
+pub mod fp8;
+pub mod gate_residual;
+pub mod gelu;
+pub mod linear;
+pub mod norm;
+pub mod patchify;
+pub mod philox;
+
+mod gate;
+mod num;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Error, Result};
 

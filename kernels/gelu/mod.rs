@@ -1,0 +1,118 @@
+//! Activations. The feed-forward uses the tanh GELU, so only that one has a backward; the exact GELU (CLIP, img_emb) and
+//! SiLU (time embedding) stand on frozen paths that no gradient passes.
+//!
+//! Computed in fp32, results in the dtype of `x` (forward) or of `dy` (backward); `compute` plays no part.
+
+use candle_core::{DType, Tensor};
+
+use crate::{gate, num, Cost, Op, Result};
+
+/// √(2/π), and the weight of the cube, in `0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`.
+const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
+const CUBE: f64 = 0.044_715;
+
+/// One tensor of any shape.
+pub struct ActivationArgs<'a> {
+    pub x: &'a Tensor,
+}
+
+/// GELU in its tanh form.
+pub struct GeluTanh;
+
+/// `dx` of [`GeluTanh`].
+pub struct GeluTanhBackward;
+
+/// The forward's input, and `dy` like it.
+pub struct GeluTanhBackwardArgs<'a> {
+    pub x: &'a Tensor,
+    pub dy: &'a Tensor,
+}
+
+/// GELU by the error function: `x·Φ(x)`.
+pub struct GeluErf;
+
+/// `x·sigmoid(x)`.
+pub struct Silu;
+
+impl Op for GeluTanh {
+    type Args<'a> = ActivationArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "gelu_tanh";
+
+    fn check(a: &ActivationArgs<'_>) -> Result<()> {
+        gate::float(Self::NAME, "x", a.x)
+    }
+
+    fn cost(a: &ActivationArgs<'_>) -> Cost {
+        Cost { flops: 9.0 * a.x.elem_count() as f64, bytes: 2.0 * gate::bytes(a.x) }
+    }
+
+    fn reference(a: &ActivationArgs<'_>, _compute: DType) -> Result<Tensor> {
+        Ok(num::f32(a.x)?.gelu()?.to_dtype(a.x.dtype())?)
+    }
+}
+
+impl Op for GeluTanhBackward {
+    type Args<'a> = GeluTanhBackwardArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "gelu_tanh_backward";
+
+    fn check(a: &GeluTanhBackwardArgs<'_>) -> Result<()> {
+        gate::float(Self::NAME, "x", a.x)?;
+        gate::float(Self::NAME, "dy", a.dy)?;
+        gate::shape(Self::NAME, "dy", a.dy, a.x.dims(), "the shape of x")
+    }
+
+    fn cost(a: &GeluTanhBackwardArgs<'_>) -> Cost {
+        Cost { flops: 16.0 * a.x.elem_count() as f64, bytes: gate::bytes(a.x) + 2.0 * gate::bytes(a.dy) }
+    }
+
+    fn reference(a: &GeluTanhBackwardArgs<'_>, _compute: DType) -> Result<Tensor> {
+        let x = num::f32(a.x)?;
+        let x2 = x.sqr()?;
+        let t = (&x * x2.affine(SQRT_2_OVER_PI * CUBE, SQRT_2_OVER_PI)?)?.tanh()?;
+        // d/dx = (1 + t)/2 + x·(1 − t²)/2 · √(2/π)·(1 + 3·0.044715·x²)
+        let slope = (x * x2.affine(1.5 * SQRT_2_OVER_PI * CUBE, 0.5 * SQRT_2_OVER_PI)?)?;
+        let dgelu = ((slope * t.sqr()?.affine(-1.0, 1.0)?)? + t.affine(0.5, 0.5)?)?;
+        Ok((dgelu * num::f32(a.dy)?)?.to_dtype(a.dy.dtype())?)
+    }
+}
+
+impl Op for GeluErf {
+    type Args<'a> = ActivationArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "gelu_erf";
+
+    fn check(a: &ActivationArgs<'_>) -> Result<()> {
+        gate::float(Self::NAME, "x", a.x)
+    }
+
+    fn cost(a: &ActivationArgs<'_>) -> Cost {
+        Cost { flops: 9.0 * a.x.elem_count() as f64, bytes: 2.0 * gate::bytes(a.x) }
+    }
+
+    fn reference(a: &ActivationArgs<'_>, _compute: DType) -> Result<Tensor> {
+        Ok(num::f32(a.x)?.gelu_erf()?.to_dtype(a.x.dtype())?)
+    }
+}
+
+impl Op for Silu {
+    type Args<'a> = ActivationArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "silu";
+
+    fn check(a: &ActivationArgs<'_>) -> Result<()> {
+        gate::float(Self::NAME, "x", a.x)
+    }
+
+    fn cost(a: &ActivationArgs<'_>) -> Cost {
+        Cost { flops: 4.0 * a.x.elem_count() as f64, bytes: 2.0 * gate::bytes(a.x) }
+    }
+
+    fn reference(a: &ActivationArgs<'_>, _compute: DType) -> Result<Tensor> {
+        Ok(num::f32(a.x)?.silu()?.to_dtype(a.x.dtype())?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

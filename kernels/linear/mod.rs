@@ -1,0 +1,226 @@
+//! Linear layers over the last axis: dense or block-scaled fp8 weight, forward and input gradient, and the weight
+//! gradient that adapters need.
+//!
+//! Operands are rounded to `compute`, products summed in fp32, the bias added in fp32, the result rounded once, to
+//! `out`. An fp8 weight is expanded to its scale's dtype first (see [`crate::fp8`]), for each call anew.
+
+use candle_core::{DType, Tensor};
+
+use crate::{fp8, gate, num, Cost, Op, Result};
+
+/// `y = x·Wᵀ + bias`.
+pub struct Linear;
+
+/// `x` [.., i], `weight_oi` [o, i], `bias_o` [o]; the result is [.., o].
+pub struct LinearArgs<'a> {
+    pub x: &'a Tensor,
+    pub weight_oi: &'a Tensor,
+    pub bias_o: Option<&'a Tensor>,
+    /// Dtype of the result.
+    pub out: DType,
+}
+
+/// `dx = dy·W` of [`Linear`].
+pub struct LinearBackward;
+
+/// `dy` [.., o], `weight_oi` [o, i]; the result is [.., i].
+pub struct LinearBackwardArgs<'a> {
+    pub dy: &'a Tensor,
+    pub weight_oi: &'a Tensor,
+    /// Dtype of `dx`.
+    pub out: DType,
+}
+
+/// `dW = dyᵀ·x` of [`Linear`], summed over all rows; F32. For the two matrices of an adapter; base weights are frozen.
+pub struct LinearWeightGrad;
+
+/// `x` [.., i] and `dy` [.., o] with the same leading axes; the result is F32 [o, i].
+pub struct LinearWeightGradArgs<'a> {
+    pub x: &'a Tensor,
+    pub dy: &'a Tensor,
+}
+
+/// [`Linear`] with an fp8 weight.
+pub struct LinearFp8;
+
+/// `x` [.., i], `weight` holding [o, i], `bias_o` [o]; the result is [.., o].
+pub struct LinearFp8Args<'a> {
+    pub x: &'a Tensor,
+    pub weight: &'a fp8::Weight,
+    pub bias_o: Option<&'a Tensor>,
+    /// Dtype of the result.
+    pub out: DType,
+}
+
+/// [`LinearBackward`] with an fp8 weight.
+pub struct LinearFp8Backward;
+
+/// `dy` [.., o], `weight` holding [o, i]; the result is [.., i].
+pub struct LinearFp8BackwardArgs<'a> {
+    pub dy: &'a Tensor,
+    pub weight: &'a fp8::Weight,
+    /// Dtype of `dx`.
+    pub out: DType,
+}
+
+impl Op for Linear {
+    type Args<'a> = LinearArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear";
+
+    fn check(a: &LinearArgs<'_>) -> Result<()> {
+        let oi = gate::dims::<2>(Self::NAME, "weight_oi", a.weight_oi, "[o, i], nothing empty")?;
+        gate::float(Self::NAME, "weight_oi", a.weight_oi)?;
+        check_forward(Self::NAME, a.x, oi, a.bias_o, a.out)
+    }
+
+    fn cost(a: &LinearArgs<'_>) -> Cost {
+        cost(a.x, a.weight_oi.dims()[0], gate::bytes(a.weight_oi), a.out)
+    }
+
+    fn reference(a: &LinearArgs<'_>, compute: DType) -> Result<Tensor> {
+        forward(a.x, a.weight_oi, a.bias_o, a.out, compute)
+    }
+}
+
+impl Op for LinearBackward {
+    type Args<'a> = LinearBackwardArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear_backward";
+
+    fn check(a: &LinearBackwardArgs<'_>) -> Result<()> {
+        let [o, _] = gate::dims::<2>(Self::NAME, "weight_oi", a.weight_oi, "[o, i], nothing empty")?;
+        gate::float(Self::NAME, "weight_oi", a.weight_oi)?;
+        check_backward(Self::NAME, a.dy, o, a.out)
+    }
+
+    fn cost(a: &LinearBackwardArgs<'_>) -> Cost {
+        cost(a.dy, a.weight_oi.dims()[1], gate::bytes(a.weight_oi), a.out)
+    }
+
+    fn reference(a: &LinearBackwardArgs<'_>, compute: DType) -> Result<Tensor> {
+        times(a.dy, a.weight_oi, None, a.out, compute)
+    }
+}
+
+impl Op for LinearWeightGrad {
+    type Args<'a> = LinearWeightGradArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear_weight_grad";
+
+    fn check(a: &LinearWeightGradArgs<'_>) -> Result<()> {
+        gate::rows(Self::NAME, "x", a.x)?;
+        let (_, o) = gate::rows(Self::NAME, "dy", a.dy)?;
+        gate::float(Self::NAME, "x", a.x)?;
+        gate::float(Self::NAME, "dy", a.dy)?;
+        let mut want = a.x.dims().to_vec();
+        want[a.x.rank() - 1] = o;
+        gate::shape(Self::NAME, "dy", a.dy, &want, "x's leading axes and o")
+    }
+
+    fn cost(a: &LinearWeightGradArgs<'_>) -> Cost {
+        let (i, o) = (last(a.x), last(a.dy));
+        let bytes = gate::bytes(a.x) + gate::bytes(a.dy) + (4 * i * o) as f64;
+        Cost { flops: 2.0 * a.x.elem_count() as f64 * o as f64, bytes }
+    }
+
+    fn reference(a: &LinearWeightGradArgs<'_>, compute: DType) -> Result<Tensor> {
+        num::matmul(&as_rows(a.dy)?.t()?, &as_rows(a.x)?, compute)
+    }
+}
+
+impl Op for LinearFp8 {
+    type Args<'a> = LinearFp8Args<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear_fp8";
+
+    fn check(a: &LinearFp8Args<'_>) -> Result<()> {
+        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.out)
+    }
+
+    fn cost(a: &LinearFp8Args<'_>) -> Cost {
+        cost(a.x, a.weight.shape()[0], a.weight.bytes(), a.out)
+    }
+
+    fn reference(a: &LinearFp8Args<'_>, compute: DType) -> Result<Tensor> {
+        forward(a.x, &a.weight.dequantize()?, a.bias_o, a.out, compute)
+    }
+}
+
+impl Op for LinearFp8Backward {
+    type Args<'a> = LinearFp8BackwardArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear_fp8_backward";
+
+    fn check(a: &LinearFp8BackwardArgs<'_>) -> Result<()> {
+        check_backward(Self::NAME, a.dy, a.weight.shape()[0], a.out)
+    }
+
+    fn cost(a: &LinearFp8BackwardArgs<'_>) -> Cost {
+        cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.out)
+    }
+
+    fn reference(a: &LinearFp8BackwardArgs<'_>, compute: DType) -> Result<Tensor> {
+        times(a.dy, &a.weight.dequantize()?, None, a.out, compute)
+    }
+}
+
+fn check_forward(op: &'static str, x: &Tensor, [o, i]: [usize; 2], bias_o: Option<&Tensor>, out: DType) -> Result<()> {
+    check_rows(op, "x", x, i, "[.., i]")?;
+    if let Some(bias_o) = bias_o {
+        gate::float(op, "bias_o", bias_o)?;
+        gate::shape(op, "bias_o", bias_o, &[o], "[o]")?;
+    }
+    gate::out(op, out)
+}
+
+fn check_backward(op: &'static str, dy: &Tensor, o: usize, out: DType) -> Result<()> {
+    check_rows(op, "dy", dy, o, "[.., o]")?;
+    gate::out(op, out)
+}
+
+fn check_rows(op: &'static str, tensor: &'static str, t: &Tensor, width: usize, axes: &str) -> Result<()> {
+    gate::float(op, tensor, t)?;
+    let (_, got) = gate::rows(op, tensor, t)?;
+    if got == width {
+        return Ok(());
+    }
+    let want = format!("{axes} with {width} columns");
+    Err(crate::Error::Shape { op, tensor, got: t.shape().clone(), want })
+}
+
+fn cost(a: &Tensor, columns: usize, weight_bytes: f64, out: DType) -> Cost {
+    let rows = a.elem_count() / last(a);
+    let bytes = gate::bytes(a) + weight_bytes + (rows * columns * out.size_in_bytes()) as f64;
+    Cost { flops: 2.0 * a.elem_count() as f64 * columns as f64, bytes }
+}
+
+fn forward(x: &Tensor, weight_oi: &Tensor, bias_o: Option<&Tensor>, out: DType, compute: DType) -> Result<Tensor> {
+    times(x, &weight_oi.t()?, bias_o, out, compute)
+}
+
+/// `a·b + bias` over the last axis of `a`.
+fn times(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: DType, compute: DType) -> Result<Tensor> {
+    let mut y = num::matmul(&as_rows(a)?, b, compute)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&num::f32(bias)?)?;
+    }
+    let mut shape = a.dims().to_vec();
+    shape[a.rank() - 1] = b.dim(1)?;
+    Ok(y.to_dtype(out)?.reshape(shape)?)
+}
+
+/// [.., d] as a matrix; a tensor that is one already keeps its strides.
+fn as_rows(t: &Tensor) -> Result<Tensor> {
+    if t.rank() == 2 {
+        return Ok(t.clone());
+    }
+    Ok(t.reshape(((), last(t)))?)
+}
+
+fn last(t: &Tensor) -> usize {
+    t.dims().last().copied().unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests;
