@@ -40,12 +40,12 @@ impl Granularity {
         }
     }
 
-    /// Shape of the scale tensor of a matrix [o, i]: [o, i/64, 1], [o, 1] or [].
+    /// Shape of the scale tensor of a matrix [o, i]: [o, i/64, 1], [o, 1] or [1].
     pub fn scale_shape(self, [o, i]: [usize; 2]) -> Vec<usize> {
         match self {
             Granularity::Block if i % BLOCK == 0 => vec![o, i / BLOCK, 1],
             Granularity::Block | Granularity::Channel => vec![o, 1],
-            Granularity::Tensor => vec![],
+            Granularity::Tensor => vec![1],
         }
     }
 }
@@ -124,8 +124,8 @@ impl Weight {
         gate::float(Self::NAME, "scale", &scale)?;
         let known = [Granularity::Block, Granularity::Channel, Granularity::Tensor].map(|g| g.scale_shape(oi));
         let scale = match scale.dims() {
-            [1] => scale.reshape(())?,
-            [o] if *o == oi[0] => scale.unsqueeze(1)?,
+            [] => scale.reshape(1)?,
+            [o] if *o > 1 && *o == oi[0] => scale.unsqueeze(1)?,
             _ => scale,
         };
         if !known.iter().any(|shape| shape == scale.dims()) {

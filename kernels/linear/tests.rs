@@ -1,1 +1,106 @@
-//! Tests of `linear`.
+use candle_core::{DType, Tensor};
+
+use super::*;
+use crate::fp8::{Granularity, Weight};
+use crate::testing::{assert_bits, assert_close, dot, normal, refused, relative_error, slope, tape_grads, values, var};
+use crate::Exec;
+
+/// Leading axes, i, o.
+fn cases() -> Vec<(Vec<usize>, usize, usize)> {
+    vec![(vec![2, 97], 64, 9), (vec![1], 128, 1), (vec![1, 1, 3], 1, 5), (vec![1025], 3, 2)]
+}
+
+fn with(lead: &[usize], last: usize) -> Vec<usize> {
+    [lead, &[last]].concat()
+}
+
+fn linear(x: &Tensor, weight_oi: &Tensor, bias_o: Option<&Tensor>) -> Tensor {
+    Exec::cpu().run::<Linear>(&LinearArgs { x, weight_oi, bias_o, out: DType::F32 }).unwrap()
+}
+
+#[test]
+fn forward_is_rows_times_columns_plus_bias() {
+    let (x, weight, bias) = (normal(1, &[2, 3, 5]), normal(2, &[4, 5]), normal(3, &[4]));
+    let got = linear(&x, &weight, Some(&bias));
+    assert_eq!(got.dims(), [2, 3, 4]);
+    let (x, weight, bias) = (values(&x), values(&weight), values(&bias));
+    for (at, got) in values(&got).into_iter().enumerate() {
+        let (row, o) = (at / 4, at % 4);
+        let want: f32 = (0..5).map(|i| x[row * 5 + i] * weight[o * 5 + i]).sum::<f32>() + bias[o];
+        assert!((got - want).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn gradients_equal_the_tape() {
+    for (lead, i, o) in cases() {
+        let (x, weight, bias) = (normal(1, &with(&lead, i)), normal(2, &[o, i]), normal(3, &[o]));
+        let (x_var, weight_var) = (var(&x), var(&weight));
+        let dy = normal(4, &with(&lead, o));
+        let want = tape_grads(&linear(&x_var, &weight_var, Some(&bias)), &dy, &[&x_var, &weight_var]);
+        let args = LinearBackwardArgs { dy: &dy, weight_oi: &weight, out: DType::F32 };
+        assert_close(&Exec::cpu().run::<LinearBackward>(&args).unwrap(), &want[0], 1e-5);
+        let args = LinearWeightGradArgs { x: &x, dy: &dy };
+        assert_close(&Exec::cpu().run::<LinearWeightGrad>(&args).unwrap(), &want[1], 1e-5);
+    }
+}
+
+#[test]
+fn backward_agrees_with_finite_differences() {
+    let (x, weight) = (normal(1, &[7, 12]), normal(2, &[5, 12]));
+    let (dy, u) = (normal(4, &[7, 5]), normal(5, &[7, 12]));
+    let args = LinearBackwardArgs { dy: &dy, weight_oi: &weight, out: DType::F32 };
+    let dx = Exec::cpu().run::<LinearBackward>(&args).unwrap();
+    let want = slope(|x| linear(x, &weight, None), &x, &u, &dy);
+    assert!((dot(&dx, &u) / want - 1.0).abs() < 1e-3, "{} {want}", dot(&dx, &u));
+}
+
+#[test]
+fn fp8_weights_act_as_the_matrix_they_expand_to() {
+    for (lead, i, o) in cases() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let weight = Weight::quantize(&normal(2, &[o, i]).to_dtype(dtype).unwrap(), Granularity::Block).unwrap();
+            let (x, bias, dy) = (normal(1, &with(&lead, i)), normal(3, &[o]), normal(4, &with(&lead, o)));
+            let dense = weight.dequantize().unwrap();
+            let args = LinearFp8Args { x: &x, weight: &weight, bias_o: Some(&bias), out: DType::F32 };
+            assert_bits(&Exec::cpu().run::<LinearFp8>(&args).unwrap(), &linear(&x, &dense, Some(&bias)));
+            let args = LinearBackwardArgs { dy: &dy, weight_oi: &dense, out: DType::F32 };
+            let want = Exec::cpu().run::<LinearBackward>(&args).unwrap();
+            let args = LinearFp8BackwardArgs { dy: &dy, weight: &weight, out: DType::F32 };
+            assert_bits(&Exec::cpu().run::<LinearFp8Backward>(&args).unwrap(), &want);
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_compute_rounds_operands_and_sums_in_fp32() {
+    let (x, weight, bias) = (normal(1, &[33, 256]), normal(2, &[17, 256]), normal(3, &[17]));
+    let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+    let args = LinearArgs { x: &x, weight_oi: &weight, bias_o: Some(&bias), out: DType::F32 };
+    let got = Linear::reference(&args, DType::BF16).unwrap();
+    assert_bits(&got, &linear(&rounded(&x), &rounded(&weight), Some(&bias)));
+    let error = relative_error(&got, &linear(&x, &weight, Some(&bias)));
+    assert!(error > 1e-6 && error < 1e-2, "{error:.2e}");
+    let args = LinearArgs { out: DType::BF16, ..args };
+    assert_bits(&Linear::reference(&args, DType::BF16).unwrap(), &got.to_dtype(DType::BF16).unwrap());
+}
+
+#[test]
+fn the_gates_name_what_is_wrong() {
+    let (x, weight) = (normal(1, &[3, 6]), normal(2, &[4, 6]));
+    let exec = Exec::cpu();
+    let run = |x: &Tensor, weight_oi: &Tensor, bias_o: Option<&Tensor>| {
+        refused(exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o, out: DType::F32 }))
+    };
+    let message = run(&normal(1, &[3, 5]), &weight, None);
+    assert_eq!(message, "linear: x has shape [3, 5], expected [.., i] with 6 columns");
+    assert!(run(&x, &normal(2, &[4, 6, 1]), None).contains("weight_oi"));
+    assert!(run(&x, &weight, Some(&normal(2, &[6]))).contains("bias_o has shape [6]"));
+    let args = LinearBackwardArgs { dy: &x, weight_oi: &weight, out: DType::F32 };
+    assert!(refused(exec.run::<LinearBackward>(&args)).contains("linear_backward: dy"));
+    let args = LinearWeightGradArgs { x: &x, dy: &normal(1, &[2, 4]) };
+    assert!(refused(exec.run::<LinearWeightGrad>(&args)).contains("dy has shape [2, 4]"));
+    let fp8 = Weight::quantize(&weight, Granularity::Block).unwrap();
+    let args = LinearFp8Args { x: &normal(1, &[3, 7]), weight: &fp8, bias_o: None, out: DType::F32 };
+    assert!(refused(exec.run::<LinearFp8>(&args)).contains("linear_fp8: x"));
+}
