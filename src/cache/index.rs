@@ -6,6 +6,9 @@ use anyhow::Context;
 use candle_core::Tensor;
 
 use super::format::{self, FormatError, Header, LatentTensors};
+use super::names::LATENT_SUFFIX;
+use super::survey::Survey;
+use crate::data::Kind;
 use crate::error::UserError;
 
 /// Items that can share a batch: pixel width and height of the bucket, and pixel frames (1 for a picture).
@@ -63,6 +66,38 @@ pub struct ItemTensors {
 }
 
 impl CacheIndex {
+    /// The index of a surveyed data set, after caching. Refuses, with a list of all of them, while any file an item
+    /// calls for is missing, stale or torn: nothing is trained on that is not what it should be. Files that belong to
+    /// no item are not in it.
+    pub fn build(survey: &mut Survey) -> anyhow::Result<Self> {
+        survey.settle();
+        survey.check()?;
+        let mut items = Vec::new();
+        for entry in survey.entries.iter().filter(|e| e.fault.is_none()) {
+            let item = &survey.items[entry.item];
+            let dataset = survey.dataset(item);
+            for clip in &entry.clips {
+                let name = clip.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+                let frames = if item.kind == Kind::Image { 1 } else { clip.frames };
+                items.push(CachedItem {
+                    name: name.strip_suffix(LATENT_SUFFIX).unwrap_or(&name).to_string(),
+                    latent_path: clip.path.clone(),
+                    text_path: entry.text.path.clone(),
+                    bucket: BucketKey { width: clip.bucket.0 as usize, height: clip.bucket.1 as usize, frames },
+                    repeats: dataset.num_repeats.max(1),
+                    dataset: item.dataset,
+                });
+            }
+        }
+        if items.is_empty() {
+            return Err(UserError::new(format!("{} gives nothing to train on", survey.config.path.display()))
+                .hint("the table above says what became of every file")
+                .into());
+        }
+        let batch_sizes: Vec<usize> = survey.config.entries.iter().map(|e| e.batch_size).collect();
+        Ok(Self::from_items(items, &batch_sizes))
+    }
+
     /// Sorts the items and groups them; `batch_sizes[d]` is the batch size of data set `d`.
     pub fn from_items(mut items: Vec<CachedItem>, batch_sizes: &[usize]) -> Self {
         items.sort_by(|a, b| (a.dataset, a.bucket, &a.name).cmp(&(b.dataset, b.bucket, &b.name)));

@@ -1,0 +1,433 @@
+//! Makes the latent files a survey found wanting: one thread decodes, this one encodes, and what lies between them is
+//! one clip, so that memory stays that of two clips whatever the data set.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{sync_channel, SyncSender};
+use std::sync::Arc;
+
+use anyhow::{bail, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+use wan_kernels::Exec;
+use wan_models::clip::ClipVision;
+use wan_models::vae::{Encoder, Vae};
+
+use super::fingerprint::SourceId;
+use super::format::{self, LatentTensors};
+use super::recipe::{ClipList, Freshness, LatentRecipe, Stamp};
+use super::survey::{cut_rule, latent_path, LatentEntry, Outcome, Survey};
+use crate::data::{self, Clip, Entry, Item, Kind};
+use crate::error::UserError;
+use crate::fsio;
+use crate::report::{Progress, Work};
+
+/// A model that is loaded when the first thing is to be computed with it, and dropped after the last.
+pub struct Lazy<'a, T> {
+    /// From `fingerprint::of_weights`; recorded in what is made.
+    pub fingerprint: String,
+    pub load: Box<dyn FnOnce() -> Result<T> + 'a>,
+}
+
+/// The models that latents are made with.
+pub struct LatentModels<'a> {
+    pub vae: Lazy<'a, Vae>,
+    /// Needed where the options ask for CLIP features.
+    pub clip: Option<Lazy<'a, ClipVision>>,
+}
+
+/// Frames converted and encoded at a time, after the first: what the VAE takes as a chunk.
+const CHUNK: usize = 4;
+
+/// Makes every latent file that is missing, stale or torn, and writes the results into the survey. Media that cannot be
+/// used become faults there (see `Survey::check`); errors that concern all of them (a disk that is full, a model that
+/// cannot be loaded) end the work. `stop` is looked at between clips: what is finished then stays.
+pub fn cache_latents(
+    survey: &mut Survey,
+    models: LatentModels<'_>,
+    exec: &Exec,
+    progress: &dyn Progress,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let mut work = work_list(survey);
+    if work.is_empty() {
+        return Ok(());
+    }
+    find_damaged(survey, &work);
+    work.retain(|w| survey.entries[w.entry].fault.is_none());
+    if !survey.options.allow_bad_media && survey.entries.iter().any(|e| e.fault.is_some()) {
+        return Ok(());
+    }
+    let directories: HashSet<PathBuf> = work.iter().map(|w| w.dataset.cache_directory.clone()).collect();
+    for dir in &directories {
+        fsio::ensure_writable_dir(dir)?;
+    }
+    if work.is_empty() {
+        return Ok(());
+    }
+    let mut kitchen = Kitchen::new(survey, models, exec)?;
+    let total = work.len() as u64;
+    let mut task = progress.begin(Work { what: "latents", unit: "file", start: 0, total });
+    let mut done = 0;
+    std::thread::scope(|scope| -> Result<()> {
+        // No buffer: the next clip is decoded while this one is encoded, and waits for it in the decoder's hands.
+        let (send, receive) = sync_channel(0);
+        let work = &work;
+        scope.spawn(move || decode_all(work, &send, stop));
+        // Leaving this loop drops the receiver, and that ends the decoder at its next clip.
+        for message in receive {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            match message {
+                Message::Clip { entry, clip, sources } => {
+                    task.detail(&clip_name(&survey.items[survey.entries[entry].item], &clip));
+                    kitchen.take(survey, entry, clip, &sources)?;
+                }
+                Message::End { entry, result } => {
+                    kitchen.finish(survey, entry, result)?;
+                    done += 1;
+                    task.advance(1, &file_name(&survey.items[survey.entries[entry].item].path));
+                }
+            }
+        }
+        kitchen.write_held(survey, None)
+    })?;
+    drop(task);
+    stopped(stop, done, total, "files")
+}
+
+/// The error of a run that was asked to stop.
+pub(super) fn stopped(stop: &AtomicBool, done: u64, total: u64, what: &str) -> Result<()> {
+    if done < total && stop.load(Ordering::Relaxed) {
+        return Err(UserError::new(format!("caching was stopped after {done} of {total} {what}"))
+            .hint("run the same command again: what is finished is kept")
+            .into());
+    }
+    Ok(())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn clip_name(item: &Item, clip: &Clip) -> String {
+    match item.kind {
+        Kind::Image => file_name(&item.path),
+        Kind::Video => {
+            format!("{} frames {}..{}", file_name(&item.path), clip.start, clip.start + clip.frames.len())
+        }
+    }
+}
+
+/// An item with something to make, for the decoder.
+struct WorkItem {
+    /// Position in `Survey::entries`.
+    entry: usize,
+    item: Item,
+    dataset: Entry,
+    /// Files that need not be made again.
+    ready: HashSet<PathBuf>,
+}
+
+fn work_list(survey: &Survey) -> Vec<WorkItem> {
+    let needed =
+        survey.entries.iter().enumerate().filter(|(_, e)| e.needs_latents() || (e.fault.is_none() && !e.settled));
+    needed
+        .map(|(i, e)| {
+            let item = survey.items[e.item].clone();
+            let dataset = survey.dataset(&item).clone();
+            let ready = e.clips.iter().filter(|c| c.state.is_usable()).map(|c| c.path.clone()).collect();
+            WorkItem { entry: i, item, dataset, ready }
+        })
+        .collect()
+}
+
+/// Finds the damaged media among those to be read, all at once and before a model is loaded.
+fn find_damaged(survey: &mut Survey, work: &[WorkItem]) {
+    let items: Vec<&Item> = work.iter().map(|w| &w.item).collect();
+    for finding in data::check_media(&survey.config, &items) {
+        let damaged = work.iter().filter(|w| w.item.dataset == finding.dataset && w.item.path == finding.path);
+        for w in damaged {
+            survey.entries[w.entry].fault = Some(finding.why.clone());
+        }
+    }
+}
+
+/// What a file is made from, taken before it is decoded.
+struct Sources {
+    source: SourceId,
+    controls: Vec<SourceId>,
+}
+
+enum Message {
+    Clip {
+        entry: usize,
+        clip: Clip,
+        sources: Arc<Sources>,
+    },
+    /// The item is read through: all its clips as (start, frames, size), or why it cannot be read.
+    End {
+        entry: usize,
+        result: Result<Vec<(usize, usize, (u32, u32))>>,
+    },
+}
+
+/// The decoder is told to stop by the other side hanging up.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody takes the clips any more")]
+struct HungUp;
+
+fn decode_all(work: &[WorkItem], send: &SyncSender<Message>, stop: &AtomicBool) {
+    for w in work {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let result = decode(w, send);
+        if result.as_ref().is_err_and(|e| e.is::<HungUp>()) {
+            return;
+        }
+        if send.send(Message::End { entry: w.entry, result }).is_err() {
+            return;
+        }
+    }
+}
+
+fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<(usize, usize, (u32, u32))>> {
+    let identity = |path: &PathBuf| SourceId::of(path).map_err(|e| fsio::explain(e, path));
+    let controls = w.item.controls.iter().map(identity).collect::<Result<_>>()?;
+    let sources = Arc::new(Sources { source: identity(&w.item.path)?, controls });
+    let mut found = Vec::new();
+    let mut hand_over = |clip: Clip| {
+        found.push((clip.start, clip.frames.len(), clip.size));
+        if w.ready.contains(&latent_path(&w.dataset, &w.item, clip.start, clip.frames.len(), clip.size)) {
+            return Ok(());
+        }
+        let message = Message::Clip { entry: w.entry, clip, sources: sources.clone() };
+        send.send(message).map_err(|_| HungUp.into())
+    };
+    match w.item.kind {
+        Kind::Image => data::decode_image(&w.item, &w.dataset).and_then(&mut hand_over)?,
+        Kind::Video => {
+            data::decode_video(&w.item, &w.dataset, &mut hand_over)?;
+        }
+    }
+    Ok(found)
+}
+
+/// Encodes clips and writes them. A clip's file is written when the next message comes: the last clip of a video then
+/// knows that it is the last, and its recipe lists them all.
+struct Kitchen {
+    vae: Vae,
+    vae_fingerprint: String,
+    clip: Option<(ClipVision, String)>,
+    device: Device,
+    /// Encoded, not written yet.
+    held: Option<Held>,
+}
+
+struct Held {
+    entry: usize,
+    file: LatentEntry,
+    tensors: LatentTensors,
+    sources: Arc<Sources>,
+}
+
+impl Kitchen {
+    fn new(survey: &Survey, models: LatentModels<'_>, exec: &Exec) -> Result<Self> {
+        let clip = match (survey.options.clip, models.clip) {
+            (false, _) => None,
+            (true, Some(clip)) => Some(((clip.load)()?, clip.fingerprint)),
+            (true, None) => {
+                return Err(UserError::new("this task needs CLIP features, and no CLIP weights are given")
+                    .hint("pass --clip models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+                    .into())
+            }
+        };
+        let vae_fingerprint = models.vae.fingerprint;
+        let vae = (models.vae.load)()?;
+        Ok(Self { vae, vae_fingerprint, clip, device: exec.device().clone(), held: None })
+    }
+
+    fn take(&mut self, survey: &mut Survey, entry: usize, clip: Clip, sources: &Arc<Sources>) -> Result<()> {
+        self.write_held(survey, None)?;
+        if survey.entries[entry].fault.is_some() {
+            return Ok(());
+        }
+        let item = survey.items[survey.entries[entry].item].clone();
+        // A clip that the estimate did not foresee may still be there from an earlier run.
+        let file = survey.latent_entry(&item, clip.start, clip.frames.len(), clip.size);
+        if file.state.is_usable() {
+            return Ok(());
+        }
+        match self.encode(survey, &item, &clip) {
+            Ok(tensors) => {
+                self.held = Some(Held { entry, file, tensors, sources: sources.clone() });
+                Ok(())
+            }
+            Err(Failure::Medium(why)) => {
+                survey.entries[entry].fault = Some(why);
+                Ok(())
+            }
+            Err(Failure::Work(e)) => Err(e.context(format!("while encoding {}", item.path.display()))),
+        }
+    }
+
+    fn finish(
+        &mut self,
+        survey: &mut Survey,
+        entry: usize,
+        result: Result<Vec<(usize, usize, (u32, u32))>>,
+    ) -> Result<()> {
+        match result {
+            Ok(found) => {
+                let item = &survey.items[survey.entries[entry].item];
+                let all = found.iter().map(|&(start, frames, _)| (start, frames)).collect();
+                let list = ClipList { cut: cut_rule(survey.dataset(item)), all };
+                let list = (item.kind == Kind::Video).then_some(list);
+                self.write_held(survey, list)?;
+                if survey.entries[entry].fault.is_none() {
+                    survey.settle_clips(entry, &found);
+                }
+                Ok(())
+            }
+            Err(e) => {
+                self.write_held(survey, None)?;
+                survey.entries[entry].fault = Some(format!("{e:#}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn write_held(&mut self, survey: &mut Survey, clips: Option<ClipList>) -> Result<()> {
+        let Some(Held { entry, mut file, tensors, sources }) = self.held.take() else { return Ok(()) };
+        let item = survey.items[survey.entries[entry].item].clone();
+        let named = tensors.named()?;
+        let recipe = LatentRecipe {
+            stamp: Stamp::new(&named)?,
+            source: sources.source.clone(),
+            controls: sources.controls.clone(),
+            settings: survey.settings(&item, file.start, file.frames, file.bucket)?,
+            vae: self.vae_fingerprint.clone(),
+            clip: self.clip.as_ref().map(|(_, fingerprint)| fingerprint.clone()),
+            clips,
+        };
+        let (size, frame_count) = match item.kind {
+            Kind::Image => (item.probe.size, None),
+            Kind::Video => (file.bucket, Some(file.frames)),
+        };
+        let mut metadata = format::latent_metadata(size.0 as usize, size.1 as usize, frame_count);
+        metadata.insert(format::RECIPE_KEY.to_string(), serde_json::to_string(&recipe)?);
+        fsio::write_bytes(&file.path, &format::to_bytes(&named, &metadata)?)?;
+        file.remade = file.state.is_spoilt().then(|| file.state.why());
+        file.state = Freshness::Fresh;
+        file.outcome = Outcome::Cached;
+        let clips = &mut survey.entries[entry].clips;
+        match clips.iter_mut().find(|c| c.path == file.path) {
+            Some(known) => *known = file,
+            None => clips.push(file),
+        }
+        Ok(())
+    }
+
+    fn encode(&self, survey: &Survey, item: &Item, clip: &Clip) -> Result<LatentTensors, Failure> {
+        let options = &survey.options;
+        let store = |t: &Tensor| -> Result<Tensor> {
+            Ok(t.squeeze(0)?.to_device(&Device::Cpu)?.to_dtype(options.vae_dtype)?.contiguous()?)
+        };
+        let latents = store(&encode_frames(&self.vae, &clip.frames, &self.device)?)?;
+        let first = self.vae.pixels(&frames_to_tensor(&clip.frames[..1], &self.device)?)?;
+        let latents_image = match (options.i2v, item.kind) {
+            (false, _) => None,
+            (true, Kind::Image) if options.i2v_images_as_t2v => Some(store(&empty_condition(&self.vae, &first)?)?),
+            (true, _) => Some(store(&self.vae.first_frame_condition(&first, clip.frames.len())?)?),
+        };
+        let latents_control = match &clip.control {
+            None => None,
+            Some(frames) => {
+                let size = frames[0].dimensions();
+                if size != clip.size || frames.len() != clip.frames.len() {
+                    return Err(Failure::Medium(format!(
+                        "its control has {} frames of {}x{}, it has {} of {}x{}: Wan models need them alike (is \
+                         no_resize_control or control_resolution set?)",
+                        frames.len(),
+                        size.0,
+                        size.1,
+                        clip.frames.len(),
+                        clip.size.0,
+                        clip.size.1
+                    )));
+                }
+                Some(store(&encode_frames(&self.vae, frames, &self.device)?)?)
+            }
+        };
+        let clip_features = match &self.clip {
+            None => None,
+            Some((vision, _)) => {
+                let seen = match item.kind == Kind::Image && options.i2v_images_as_t2v {
+                    true => first.zeros_like()?,
+                    false => first.clone(),
+                };
+                let features = vision.encode(&seen.squeeze(2)?.to_dtype(DType::F32)?)?;
+                Some(features.squeeze(0)?.to_device(&Device::Cpu)?)
+            }
+        };
+        let tensors = LatentTensors { latents, latents_image, latents_control, clip: clip_features };
+        for (name, tensor) in tensors.named()? {
+            format::check_finite(&name, &tensor).map_err(|e| {
+                Failure::Medium(format!("the models gave no proper numbers for it ({e}); try --vae_dtype float32"))
+            })?;
+        }
+        Ok(tensors)
+    }
+}
+
+/// Why a clip has no latents: by its own fault, or by one that would meet every other clip too.
+enum Failure {
+    Medium(String),
+    Work(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(e: E) -> Self {
+        Failure::Work(e.into())
+    }
+}
+
+/// RGB frames of one size as bytes [1,3,T,H,W].
+fn frames_to_tensor(frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
+    let (w, h) = frames[0].dimensions();
+    let mut bytes = Vec::with_capacity(frames.len() * frames[0].len());
+    for frame in frames {
+        if frame.dimensions() != (w, h) {
+            bail!("frames of {w}x{h} and {:?} in one clip", frame.dimensions());
+        }
+        bytes.extend_from_slice(frame.as_raw());
+    }
+    let thwc = Tensor::from_vec(bytes, (frames.len(), h as usize, w as usize, 3), device)?;
+    Ok(thwc.permute((3, 0, 1, 2))?.contiguous()?.unsqueeze(0)?)
+}
+
+/// Normalised latents [1,c,F,h,w] of frames; only a chunk of them is held as numbers at a time.
+pub fn encode_frames(vae: &Vae, frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
+    let mut encoder = Encoder::new(vae)?;
+    let (first, rest) = frames.split_at(1);
+    for chunk in std::iter::once(first).chain(rest.chunks(CHUNK)) {
+        encoder.push(&vae.pixels(&frames_to_tensor(chunk, device)?)?)?;
+    }
+    let encoded = encoder.finish().context("encoding")?;
+    if encoded.surplus_frames > 0 {
+        bail!("a clip of {} frames is not 4n+1 long", frames.len());
+    }
+    Ok(encoded.latent)
+}
+
+/// The first-frame condition of a picture that is to be learnt as text-to-video: mask 0, and the latents of mid-grey.
+/// `first` is [1,3,1,H,W]; the result [1,4+c,1,h,w].
+fn empty_condition(vae: &Vae, first: &Tensor) -> Result<Tensor> {
+    let grey = vae.encode(&first.zeros_like()?)?;
+    let (b, _, f, h, w) = grey.dims5()?;
+    let mask = Tensor::zeros((b, 4, f, h, w), grey.dtype(), grey.device())?;
+    Ok(Tensor::cat(&[&mask, &grey], 1)?)
+}
