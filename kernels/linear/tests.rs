@@ -73,6 +73,20 @@ fn fp8_weights_act_as_the_matrix_they_expand_to() {
 }
 
 #[test]
+fn views_act_as_their_copies() {
+    let (wide, weight) = (normal(1, &[2, 7, 24]), normal(2, &[5, 8]));
+    let x = wide.narrow(2, 8, 8).unwrap();
+    assert_bits(&linear(&x, &weight, None), &linear(&x.contiguous().unwrap(), &weight, None));
+    let x = normal(1, &[8, 7]).t().unwrap();
+    assert_close(&linear(&x, &weight, None), &linear(&x.contiguous().unwrap(), &weight, None), 1e-6);
+    let dy = normal(3, &[5, 7]).t().unwrap();
+    let got = Exec::cpu().run::<LinearWeightGrad>(&LinearWeightGradArgs { x: &x, dy: &dy }).unwrap();
+    let (x, dy) = (x.contiguous().unwrap(), dy.contiguous().unwrap());
+    let want = Exec::cpu().run::<LinearWeightGrad>(&LinearWeightGradArgs { x: &x, dy: &dy }).unwrap();
+    assert_close(&got, &want, 1e-6);
+}
+
+#[test]
 fn sixteen_bit_compute_rounds_operands_and_sums_in_fp32() {
     let (x, weight, bias) = (normal(1, &[33, 256]), normal(2, &[17, 256]), normal(3, &[17]));
     let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();

@@ -182,6 +182,17 @@ fn sixteen_bit_input_is_widened_and_the_result_rounded_once() {
 }
 
 #[test]
+fn modulation_may_be_a_view_of_the_six_chunks() {
+    let [b, l, d] = [3, 5, 16];
+    let (x, six) = (stream(&[b, l, d]), normal(2, &[b, 6, d]));
+    let chunk = |i| six.narrow(1, i, 1).unwrap().squeeze(1).unwrap();
+    let (shift, scale) = (chunk(3), chunk(4));
+    assert!(!shift.is_contiguous());
+    let want = layer_norm_modulate(&x, &shift.contiguous().unwrap(), &scale.contiguous().unwrap());
+    assert_bits(&layer_norm_modulate(&x, &shift, &scale), &want);
+}
+
+#[test]
 fn the_gates_name_what_is_wrong() {
     let (x, vector) = (normal(1, &[2, 4, 12]), normal(2, &[2, 12]));
     let exec = Exec::cpu();
