@@ -1,8 +1,12 @@
-//! What a run leaves on disk: the LoRA file people load (`lora_file`), the full training state (`state`), and where they
-//! lie, how they are named and which of them are kept (`store`).
+//! What a run leaves on disk: the LoRA file people load (`lora_file` reads, `lora_write` writes, `metadata` says how it
+//! was made), the full training state (`state`), and where they lie, how they are named and which are kept (`store`).
 
+pub mod lora_file;
+pub mod lora_keys;
 pub mod state;
 pub mod store;
 
+pub use lora_file::{LoraFile, LoraModule};
+pub use lora_keys::Form;
 pub use state::{Identity, Master, Position, TrainState};
 pub use store::{Names, Retention};

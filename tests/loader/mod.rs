@@ -1,6 +1,7 @@
 //! Checkpoint files of every form, whole and hostile.
 
 mod hostile;
+mod merge;
 mod source;
 pub mod torch_file;
 
