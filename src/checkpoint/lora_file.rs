@@ -178,6 +178,10 @@ impl LoraFile {
         self.modules.keys().map(String::as_str)
     }
 
+    pub fn adapts(&self, module: &str) -> bool {
+        self.modules.contains_key(module)
+    }
+
     pub fn len(&self) -> usize {
         self.modules.len()
     }

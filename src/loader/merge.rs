@@ -15,6 +15,11 @@ pub struct LoraMerge {
 }
 
 impl LoraMerge {
+    /// Whether the LoRA changes the tensor `key`.
+    pub fn touches(&self, key: &str) -> bool {
+        self.file.diffs().any(|d| d == key) || key.strip_suffix(".weight").is_some_and(|m| self.file.adapts(m))
+    }
+
     /// Refuses a LoRA that adapts what the base does not have: part of it would be lost in silence.
     pub fn check(&self, base: &BTreeSet<&str>) -> Result<()> {
         let weights = self.file.modules().map(|m| format!("{m}.weight"));

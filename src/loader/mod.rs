@@ -1,10 +1,20 @@
 //! Checkpoints of every form people hold, read one tensor at a time.
+//!
+//! [`Source`] opens files, [`load_dit`] makes a DiT of one (LoRAs merged, quantised), [`Keyed`] gives the tensors of the
+//! VAE, umT5 and CLIP under the names their models ask for.
 
+mod dit;
 mod header;
-pub mod merge;
+mod keyed;
+mod merge;
 mod pickle;
 mod shards;
-pub mod source;
+mod source;
+mod torch;
 
+pub use dit::{
+    check_precision, checkpoint_dtype, compact, load_dit, load_dit_by_block, DitTable, Fp8, LoadOptions, Progress,
+};
+pub use keyed::{clip_name, vae_name, Keyed};
 pub use merge::{merge_into, merge_map, LoraMerge};
 pub use source::Source;

@@ -5,7 +5,7 @@
 //! a file that shrinks or a network disk that fails under a mapping kills the process instead of giving an error. The
 //! system's page cache is shared either way.
 
-use super::{header, pickle};
+use super::header;
 use crate::error::UserError;
 use crate::fsio;
 use anyhow::{Context, Result};
@@ -19,20 +19,27 @@ use std::path::{Path, PathBuf};
 
 /// Where one tensor's bytes are.
 #[derive(Debug, Clone)]
-struct Place {
-    file: usize,
-    start: u64,
-    dtype: Dtype,
-    shape: Vec<usize>,
+pub(super) struct Place {
+    pub file: usize,
+    pub start: u64,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
     /// Elements between neighbours, for torch tensors that are not stored row by row.
-    stride: Option<Vec<usize>>,
+    pub stride: Option<Vec<usize>>,
 }
 
+impl Place {
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// One open file.
 #[derive(Debug)]
-struct Part {
-    path: PathBuf,
+pub(super) struct Part {
+    pub path: PathBuf,
     file: File,
-    len: u64,
+    pub len: u64,
 }
 
 /// An open checkpoint.
@@ -104,7 +111,7 @@ impl Source {
                 if extension == "safetensors" {
                     self.notes.push(format!("{} is a torch file in spite of its ending", part.path.display()));
                 }
-                part.torch(index).map_err(|why| refuse(&part.path, why, AGAIN))?
+                super::torch::tensors(&part, index).map_err(|why| refuse(&part.path, why, AGAIN))?
             }
         };
         for (name, place) in found {
@@ -170,17 +177,20 @@ impl Source {
 
     /// Bytes that the tensor takes in memory.
     pub fn byte_len(&self, key: &str) -> Option<usize> {
-        self.places.get(key).map(|p| p.shape.iter().product::<usize>() * p.dtype.bitsize() / 8)
+        self.places.get(key).map(Place::bytes)
     }
 
-    /// Reads one tensor in its own dtype. 8-bit floats other than e4m3, integers and booleans that candle lacks are an
-    /// error that names the tensor.
+    /// Reads one tensor in its own dtype (e5m2 as fp16, booleans as u8). Formats that candle lacks are an error that
+    /// names the tensor.
     pub fn read(&self, key: &str, device: &Device) -> Result<Tensor> {
-        let place = self.place(key)?;
+        Ok(self.read_place(key, self.place(key)?)?.to_device(device)?)
+    }
+
+    fn read_place(&self, key: &str, place: &Place) -> Result<Tensor> {
         let part = &self.parts[place.file];
         let shape = place.shape.as_slice();
         let cpu = &Device::Cpu;
-        let tensor = match place.dtype {
+        Ok(match place.dtype {
             Dtype::F32 => self.typed(place, 0f32, |v| bytemuck::cast_slice_mut(v))?,
             Dtype::F64 => self.typed(place, 0f64, |v| bytemuck::cast_slice_mut(v))?,
             Dtype::I64 => self.typed(place, 0i64, |v| bytemuck::cast_slice_mut(v))?,
@@ -190,11 +200,21 @@ impl Source {
             Dtype::BF16 => {
                 self.typed(place, half::bf16::ZERO, |v| bytemuck::cast_slice_mut(v.reinterpret_cast_mut()))?
             }
-            Dtype::U8 | Dtype::BOOL => Tensor::from_vec(self.bytes(key)?, shape, cpu)?,
+            Dtype::U8 | Dtype::BOOL => Tensor::from_vec(self.bytes_at(place)?, shape, cpu)?,
             Dtype::F8_E4M3 => {
                 // Collected in place: no second buffer.
-                let codes: Vec<float8::F8E4M3> = self.bytes(key)?.into_iter().map(float8::F8E4M3::from_bits).collect();
+                let codes: Vec<float8::F8E4M3> =
+                    self.bytes_at(place)?.into_iter().map(float8::F8E4M3::from_bits).collect();
                 Tensor::from_vec(codes, shape, cpu)?
+            }
+            // The upper half of fp16, bit by bit: widening loses nothing.
+            Dtype::F8_E5M2 => {
+                let wide = self
+                    .bytes_at(place)?
+                    .into_iter()
+                    .map(|b| half::f16::from_bits(u16::from(b) << 8))
+                    .collect::<Vec<_>>();
+                Tensor::from_vec(wide, shape, cpu)?
             }
             other => {
                 return Err(refuse(
@@ -203,17 +223,47 @@ impl Source {
                     "use the fp16, bf16 or fp8 (e4m3) version of this model",
                 ))
             }
-        };
-        Ok(tensor.to_device(device)?)
+        })
     }
 
     /// The raw little-endian bytes of one tensor, row by row: e4m3 codes without a detour through floats.
     pub fn bytes(&self, key: &str) -> Result<Vec<u8>> {
-        let place = self.place(key)?;
-        let len = self.byte_len(key).unwrap_or(0);
-        let mut out = vec![0u8; len];
+        self.bytes_at(self.place(key)?)
+    }
+
+    fn bytes_at(&self, place: &Place) -> Result<Vec<u8>> {
+        let mut out = vec![0u8; place.bytes()];
         self.fill(place, &mut out)?;
         Ok(out)
+    }
+
+    /// Some rows of a matrix (its first axis), in the order asked for, without reading the others: the token table of
+    /// umT5 has 2 GB, of which a prompt needs a few kilobytes.
+    pub fn read_rows(&self, key: &str, rows: &[u32], device: &Device) -> Result<Tensor> {
+        let place = self.place(key)?;
+        let Some((count, row_shape)) = place.shape.split_first() else {
+            return Err(refuse(&self.path, format!("{key} is a single number, not a table"), AGAIN));
+        };
+        if place.stride.is_some() {
+            return Ok(self.read(key, device)?.index_select(&Tensor::new(rows, device)?, 0)?);
+        }
+        let bytes = row_shape.iter().product::<usize>() * place.dtype.bitsize() / 8;
+        let mut picked = Vec::with_capacity(rows.len());
+        for row in rows {
+            if *row as usize >= *count {
+                return Err(refuse(&self.path, format!("{key} has {count} rows; row {row} was asked for"), AGAIN));
+            }
+            let mut shape = vec![1];
+            shape.extend(row_shape);
+            let start = place.start + *row as u64 * bytes as u64;
+            picked.push(self.read_place(key, &Place { start, shape, ..place.clone() })?);
+        }
+        if picked.is_empty() {
+            let mut shape = vec![0];
+            shape.extend(row_shape);
+            return self.read_place(key, &Place { shape, ..place.clone() })?.to_device(device).map_err(Into::into);
+        }
+        Ok(Tensor::cat(&picked, 0)?.to_device(device)?)
     }
 
     /// A number stored as a tensor of one element, whatever its dtype; `None` where the key is absent.
@@ -335,7 +385,7 @@ impl Kind {
 }
 
 impl Part {
-    fn read_at(&self, out: &mut [u8], at: u64) -> Result<()> {
+    pub fn read_at(&self, out: &mut [u8], at: u64) -> Result<()> {
         let result = read_exact_at(&self.file, out, at);
         result.map_err(|e| match e.kind() {
             std::io::ErrorKind::UnexpectedEof => {
@@ -354,95 +404,6 @@ impl Part {
         self.read_at(&mut text, 8).map_err(words)?;
         header::parse(&text, self.len)
     }
-
-    /// The tensors of a torch archive: a zip of stored (never compressed) members, `…/data.pkl` and `…/data/<n>`.
-    fn torch(&self, file: usize) -> std::result::Result<Vec<(String, Place)>, String> {
-        /// Larger than the table of contents of any model by far.
-        const MAX_PICKLE: u64 = 64 << 20;
-        let handle = File::open(&self.path).map_err(|e| e.to_string())?;
-        let torn = |e: zip::result::ZipError| format!("its archive is cut off or damaged ({e})");
-        let mut archive = zip::ZipArchive::new(std::io::BufReader::new(handle)).map_err(torn)?;
-        let mut members = BTreeMap::new();
-        for i in 0..archive.len() {
-            let member = archive.by_index_raw(i).map_err(torn)?;
-            let name = member.name().map_err(torn)?.into_owned();
-            let start = member.data_start().ok_or("its archive has a member without a place")?;
-            let size = member.size();
-            if start.checked_add(size).is_none_or(|end| end > self.len) {
-                return Err(format!("its member {name} reaches beyond the end: it is cut off or damaged"));
-            }
-            let stored = member.compression() == zip::CompressionMethod::Stored && member.compressed_size() == size;
-            members.insert(name, (start, size, stored));
-        }
-        let member = |name: &str| match members.get(name) {
-            None => Err(format!("its archive lacks {name}")),
-            Some((.., false)) => Err(format!("its member {name} is compressed, which torch never does")),
-            Some((start, size, true)) => Ok((*start, *size)),
-        };
-        let pickles: Vec<&String> = members.keys().filter(|n| *n == "data.pkl" || n.ends_with("/data.pkl")).collect();
-        let [name] = pickles.as_slice() else {
-            return Err(match pickles.len() {
-                0 => "it is a zip archive, but not one that torch wrote (no data.pkl)".into(),
-                n => format!("its archive holds {n} files data.pkl"),
-            });
-        };
-        let root = name.strip_suffix("data.pkl").unwrap_or("");
-        if members.contains_key(&format!("{root}constants.pkl")) {
-            return Err("it is a TorchScript program, not a table of tensors".into());
-        }
-        let read = |start: u64, size: u64| {
-            let mut bytes = vec![0u8; size as usize];
-            self.read_at(&mut bytes, start).map_err(|e| e.to_string()).map(|()| bytes)
-        };
-        if let Ok((start, size)) = member(&format!("{root}byteorder")) {
-            if size < 16 && read(start, size)?.starts_with(b"big") {
-                return Err("its numbers are big-endian".into());
-            }
-        }
-        let (start, size) = member(name)?;
-        if size > MAX_PICKLE {
-            return Err(format!("its data.pkl has {size} bytes, more than {MAX_PICKLE}"));
-        }
-        let mut places = BTreeMap::new();
-        for t in pickle::tensors(&read(start, size)?)? {
-            let (start, size) = member(&format!("{root}data/{}", t.storage))?;
-            let place = place_of(&t, file, start, size).map_err(|e| format!("{}: {e}", t.name))?;
-            places.insert(t.name, place);
-        }
-        Ok(places.into_iter().collect())
-    }
-}
-
-/// Checks a torch tensor against its storage of `size` bytes at `start`.
-fn place_of(t: &pickle::PthTensor, file: usize, start: u64, size: u64) -> std::result::Result<Place, String> {
-    let width = t.dtype.bitsize() as u64 / 8;
-    let overflow =
-        || format!("shape {:?} with strides {:?} does not fit its storage of {size} bytes", t.shape, t.stride);
-    let count = t.shape.iter().try_fold(1u64, |n, d| n.checked_mul(*d as u64)).ok_or_else(overflow)?;
-    // The last element's index; a tensor that repeats elements (stride 0) may not be larger than what it repeats.
-    let last =
-        t.shape.iter().zip(&t.stride).try_fold(t.offset as u64, |at, (d, s)| {
-            at.checked_add((*d as u64).saturating_sub(1).checked_mul(*s as u64)?)
-        });
-    let elements = size / width;
-    if count > elements || (count > 0 && last.is_none_or(|l| l >= elements)) {
-        return Err(overflow());
-    }
-    let mut dense = Vec::with_capacity(t.shape.len());
-    let mut step = 1usize;
-    for d in t.shape.iter().rev() {
-        dense.push(step);
-        step = step.saturating_mul(*d);
-    }
-    dense.reverse();
-    let row_major = count == 0 || t.shape.iter().zip(t.stride.iter().zip(&dense)).all(|(d, (s, w))| *d == 1 || s == w);
-    Ok(Place {
-        file,
-        start: if count == 0 { start } else { start + t.offset as u64 * width },
-        dtype: t.dtype,
-        shape: t.shape.clone(),
-        stride: (!row_major).then(|| t.stride.clone()),
-    })
 }
 
 #[cfg(unix)]

@@ -1,0 +1,404 @@
+//! A DiT from a checkpoint of any form, tensor by tensor: read, merge LoRAs, quantise, hand on. Beside the result no
+//! more than the tensor at hand (with its fp32 copies) is ever in memory.
+//!
+//! Everything that can be wrong with a file is found in its header, before data is read: the task, missing or foreign
+//! tensors, shapes, formats of quantisation.
+
+use super::merge::{merge_into, LoraMerge};
+use super::source::Source;
+use crate::error::UserError;
+use anyhow::{bail, Result};
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet};
+use wan_kernels::fp8;
+use wan_models::arch::WanArch;
+use wan_models::keys::{self, Entry};
+use wan_models::linear::Weight;
+use wan_models::wan::{BlockWeights, WanWeights};
+
+/// How matrices of the blocks are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Fp8 {
+    /// As the file has them (fp8 files stay fp8: that is exact).
+    #[default]
+    Keep,
+    /// e4m3 codes with a scale per 64 weights.
+    Scaled,
+    /// The plain cast of every tensor, norms and biases too: the old tool's `--fp8_base` alone. Compatibility mode only.
+    Cast,
+}
+
+/// What to make of a checkpoint.
+pub struct LoadOptions<'a> {
+    pub arch: &'a WanArch,
+    /// The task as the user typed it, for messages.
+    pub task: &'a str,
+    pub fp8: Fp8,
+    pub merges: Vec<LoraMerge>,
+    pub device: Device,
+    /// Dtype of what an fp8 file holds outside its matrices, and of fp8 matrices after a merge: bf16, or fp16 where the
+    /// run computes in fp16.
+    pub upcast: DType,
+}
+
+impl<'a> LoadOptions<'a> {
+    /// The weights as the file has them, on the CPU.
+    pub fn new(arch: &'a WanArch, task: &'a str) -> Self {
+        Self { arch, task, fp8: Fp8::Keep, merges: Vec::new(), device: Device::Cpu, upcast: DType::BF16 }
+    }
+}
+
+/// Bytes of the file read so far, and in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    pub done: u64,
+    pub total: u64,
+}
+
+/// Loads a whole DiT. `progress` is called after each tensor.
+pub fn load_dit(
+    source: &Source,
+    options: &LoadOptions<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(WanWeights, Vec<BlockWeights>)> {
+    let mut blocks = Vec::with_capacity(options.arch.num_layers);
+    let rest = load_dit_by_block(source, options, progress, &mut |_, block| {
+        blocks.push(block);
+        Ok(())
+    })?;
+    Ok((rest, blocks))
+}
+
+/// The same, handing over each block as soon as it is complete, in order: for whoever moves blocks elsewhere.
+pub fn load_dit_by_block(
+    source: &Source,
+    options: &LoadOptions<'_>,
+    progress: &mut dyn FnMut(Progress),
+    sink: &mut dyn FnMut(usize, BlockWeights) -> Result<()>,
+) -> Result<WanWeights> {
+    let table = DitTable::new(source, options.arch, options.task)?;
+    let names: BTreeSet<&str> = table.tensors.keys().map(String::as_str).collect();
+    for merge in &options.merges {
+        merge.check(&names)?;
+    }
+    let total = table.tensors.values().filter_map(|raw| source.byte_len(raw)).sum::<usize>() as u64;
+    let mut done = 0;
+    // The getter's error type has no room for ours: it waits here.
+    let mut failed = None;
+    let mut get = |key: &str| {
+        let result = table.weight(source, options, key);
+        done += table.tensors.get(key).and_then(|raw| source.byte_len(raw)).unwrap_or(0) as u64;
+        progress(Progress { done, total });
+        result.map_err(|e| {
+            let what = format!("{e:#}");
+            failed = Some(e);
+            wan_models::Error::Invalid { model: "wan", what }
+        })
+    };
+    let mut load = || -> Result<WanWeights> {
+        let rest = WanWeights::from_getter(options.arch, &mut get)?;
+        for i in 0..options.arch.num_layers {
+            sink(i, BlockWeights::from_getter(options.arch, i, &mut get)?)?;
+        }
+        Ok(rest)
+    };
+    let result = load();
+    match failed {
+        Some(e) => Err(e),
+        None => result,
+    }
+}
+
+/// A checkpoint's keys under canonical names, checked against an architecture.
+#[derive(Debug)]
+pub struct DitTable {
+    /// Canonical name -> key in the file.
+    tensors: BTreeMap<String, String>,
+    /// Canonical name of a weight -> key of its scale.
+    scales: BTreeMap<String, String>,
+    notes: Vec<String>,
+}
+
+impl DitTable {
+    /// Reads the header only. Errors: not a DiT, another task (named), missing, foreign or misshapen tensors, a
+    /// quantisation that cannot be read.
+    pub fn new(source: &Source, arch: &WanArch, task: &str) -> Result<Self> {
+        let refuse = |what: String, hint: &str| -> anyhow::Error {
+            UserError::new(format!("{} cannot be used for {task}: {what}", source.path().display())).hint(hint).into()
+        };
+        let mut table = DitTable { tensors: BTreeMap::new(), scales: BTreeMap::new(), notes: source.notes().to_vec() };
+        let (mut foreign, mut double) = (Vec::new(), None);
+        for raw in source.keys() {
+            let taken = match keys::classify(raw) {
+                Entry::Tensor(name) => table.tensors.insert(name, raw.to_owned()),
+                Entry::Scale(weight) => table.scales.insert(weight, raw.to_owned()),
+                Entry::Note => {
+                    check_quant_format(source, raw)?;
+                    None
+                }
+                Entry::Foreign(_) => {
+                    foreign.push(raw.to_owned());
+                    None
+                }
+            };
+            if let Some(first) = taken {
+                double = Some(format!("{first} and {raw} mean the same tensor"));
+            }
+        }
+        if let Some(what) = double {
+            return Err(refuse(what, "use a file that holds one model"));
+        }
+        let mut shapes = BTreeMap::new();
+        for (name, raw) in &table.tensors {
+            shapes.insert(name.clone(), source.shape(raw).unwrap_or_default().to_vec());
+        }
+        if !shapes.contains_key("patch_embedding.weight") {
+            let what = what_else(source).unwrap_or("it is not a Wan DiT (patch_embedding.weight is missing)");
+            return Err(refuse(what.to_owned(), "give the DiT (diffusion model) file"));
+        }
+        if let Err(mismatch) = arch.agrees_with(&shapes) {
+            let hint = match mismatch.looks_like {
+                Some(task) => format!("choose the task these weights are for ({task}), or the weights of this task"),
+                None => "use the weights of this task".to_owned(),
+            };
+            return Err(refuse(mismatch.to_string(), &hint));
+        }
+        table
+            .check_keys(arch, &shapes)
+            .map_err(|what| refuse(what, "download the file again, or use another version"))?;
+        table.check_foreign(foreign).map_err(|what| {
+            refuse(
+                what,
+                "use the plain model: VACE, Animate, S2V and other variants have layers that cannot be trained here",
+            )
+        })?;
+        Ok(table)
+    }
+
+    /// What the user may want to know about the file.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn check_keys(&self, arch: &WanArch, shapes: &BTreeMap<String, Vec<usize>>) -> std::result::Result<(), String> {
+        let expected = keys::expected(arch);
+        let missing: Vec<&str> =
+            expected.iter().filter(|e| !shapes.contains_key(&e.key)).map(|e| e.key.as_str()).collect();
+        if !missing.is_empty() {
+            return Err(format!("{} tensors are missing: {}", missing.len(), compact(&missing)));
+        }
+        for e in &expected {
+            if shapes[&e.key] != e.shape {
+                return Err(format!("{} has the shape {:?}, it should be {:?}", e.key, shapes[&e.key], e.shape));
+            }
+        }
+        let known: BTreeSet<&str> = expected.iter().map(|e| e.key.as_str()).collect();
+        let extra: Vec<&str> = shapes.keys().map(String::as_str).filter(|k| !known.contains(k)).collect();
+        match extra.is_empty() {
+            true => Ok(()),
+            false => Err(format!("it has {} tensors too many: {}", extra.len(), compact(&extra))),
+        }
+    }
+
+    /// Tensors of other parts of a combined file (text encoder, VAE) are passed over; layers in the DiT's own place that
+    /// no Wan DiT has are not: the model would compute something else without them.
+    fn check_foreign(&mut self, foreign: Vec<String>) -> std::result::Result<(), String> {
+        let prefix =
+            self.tensors.get("patch_embedding.weight").and_then(|raw| raw.strip_suffix("patch_embedding.weight"));
+        let prefix = prefix.unwrap_or("");
+        let (own, other): (Vec<&str>, Vec<&str>) =
+            foreign.iter().map(String::as_str).partition(|k| k.starts_with(prefix));
+        if !own.is_empty() {
+            return Err(format!("it has {} tensors that no Wan DiT has: {}", own.len(), compact(&own)));
+        }
+        if !other.is_empty() {
+            self.notes.push(format!("{} tensors outside the DiT were passed over ({})", other.len(), compact(&other)));
+        }
+        Ok(())
+    }
+
+    /// Reads one tensor and makes of it what the options say.
+    fn weight(&self, source: &Source, options: &LoadOptions<'_>, key: &str) -> Result<Weight> {
+        let Some(raw) = self.tensors.get(key) else {
+            bail!("{key} is missing");
+        };
+        let to = |t: Tensor| t.to_device(&options.device);
+        let matrix = key.ends_with(".weight") && source.shape(raw).is_some_and(|s| s.len() == 2);
+        let quantisable = matrix && keys::is_quantisable(key);
+
+        let base = if source.dtype(raw) == Some(Dtype::F8_E4M3) {
+            let codes = Tensor::from_vec(source.bytes(raw)?, source.shape(raw).unwrap_or_default(), &Device::Cpu)?;
+            let stored = match self.scales.get(key) {
+                Some(scale) => Some(scale_tensor(source, scale)?),
+                None => None,
+            };
+            let touched = options.merges.iter().any(|m| m.touches(key));
+            if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
+                return Ok(match (options.fp8, stored) {
+                    (Fp8::Cast, None) => Weight::Cast(to(codes)?),
+                    // Without a scale the codes are the values, which any 16-bit dtype holds exactly.
+                    (_, None) => {
+                        Weight::Scaled { q: to(codes)?, scale: to(Tensor::ones((), options.upcast, &Device::Cpu)?)? }
+                    }
+                    (_, Some(scale)) => Weight::Scaled { q: to(codes)?, scale: to(scale)? },
+                });
+            }
+            dequantize(&codes, stored)?.to_dtype(options.upcast)?
+        } else {
+            match source.read(raw, &Device::Cpu)? {
+                t if t.dtype() == DType::F64 => t.to_dtype(DType::F32)?,
+                t => t,
+            }
+        };
+        let base = merge_into(&base, key, &options.merges)?.unwrap_or(base);
+        match options.fp8 {
+            Fp8::Scaled if quantisable => {
+                let q = fp8::Weight::quantize(&base, fp8::Granularity::Block)?;
+                Ok(Weight::Scaled { q: to(q.codes_oi().clone())?, scale: to(q.scale().clone())? })
+            }
+            Fp8::Cast => {
+                let codes = encode(&base)?;
+                match matrix {
+                    true => Ok(Weight::Cast(to(codes)?)),
+                    false => Ok(Weight::Dense(to(dequantize(&codes, None)?.to_dtype(options.upcast)?)?)),
+                }
+            }
+            _ => Ok(Weight::Dense(to(base)?)),
+        }
+    }
+}
+
+/// fp32 values of e4m3 codes of any shape, times a scale of one number, one per row, or one per block of a row.
+pub(super) fn dequantize(codes: &Tensor, scale: Option<Tensor>) -> Result<Tensor> {
+    if let (Some(scale), 2) = (&scale, codes.rank()) {
+        return Ok(fp8::Weight::new(codes.clone(), scale.clone())?.dequantize()?);
+    }
+    let bytes = codes.flatten_all()?.to_vec1::<u8>()?;
+    let mut values = vec![0f32; bytes.len()];
+    fp8::codec::decode_slice(&bytes, &mut values);
+    let t = Tensor::from_vec(values, codes.dims(), &Device::Cpu)?;
+    match scale {
+        Some(s) if s.elem_count() == 1 => Ok(t.broadcast_mul(&s.to_dtype(DType::F32)?.reshape(())?)?),
+        Some(s) => bail!("a scale of shape {:?} for a tensor of shape {:?}", s.dims(), codes.dims()),
+        None => Ok(t),
+    }
+}
+
+/// The plain cast to e4m3 (round to even, no saturation).
+fn encode(t: &Tensor) -> Result<Tensor> {
+    let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let mut codes = vec![0u8; values.len()];
+    fp8::codec::encode_slice(&values, &mut codes);
+    Ok(Tensor::from_vec(codes, t.dims(), &Device::Cpu)?)
+}
+
+/// A stored scale in the shape our kernels know: `[]`, `[o, 1]` or `[o, i/b, 1]`.
+pub(super) fn scale_tensor(source: &Source, key: &str) -> Result<Tensor> {
+    let t = source.read(key, &Device::Cpu)?;
+    let t = match t.dtype() {
+        DType::F32 | DType::BF16 | DType::F16 => t,
+        _ => t.to_dtype(DType::F32)?,
+    };
+    Ok(match *t.dims() {
+        [1] | [1, 1] => t.reshape(())?,
+        [rows] => t.reshape((rows, 1))?,
+        _ => t,
+    })
+}
+
+/// The newer ComfyUI files say in a small JSON text how each layer is quantised.
+pub(super) fn check_quant_format(source: &Source, raw: &str) -> Result<()> {
+    if !raw.ends_with(".comfy_quant") {
+        return Ok(());
+    }
+    let json: serde_json::Value = serde_json::from_slice(&source.bytes(raw)?).unwrap_or_default();
+    match json.get("format").and_then(|f| f.as_str()) {
+        Some("float8_e4m3fn") | None => Ok(()),
+        Some(other) => Err(UserError::new(format!(
+            "{} cannot be used: its layers are quantised as {other}, which is not supported",
+            source.path().display()
+        ))
+        .hint("use the fp16, bf16 or fp8 (e4m3) version of this model")
+        .into()),
+    }
+}
+
+/// What a file is that is no DiT, if it is something people mix up with one.
+fn what_else(source: &Source) -> Option<&'static str> {
+    let any = |words: &[&str]| source.keys().any(|k| words.iter().any(|w| k.contains(w)));
+    if any(&["lora_down", "lora_up", "lora_A", "lora_B", "hada_w1", "lokr_w"]) {
+        return Some("it is a LoRA, not a model");
+    }
+    if any(&["decoder.conv1.", "decoder.upsamples.", "decoder.conv_in."]) {
+        return Some("it is a VAE, not a DiT");
+    }
+    if any(&["token_embedding.weight", "shared.weight", "SelfAttention"]) {
+        return Some("it is a text encoder, not a DiT");
+    }
+    any(&["visual.transformer.", "vision_model.encoder."]).then_some("it is a CLIP model, not a DiT")
+}
+
+/// Many keys in few words: `blocks.0-39.cross_attn.k_img.weight (40), head.modulation`.
+pub fn compact(keys: &[&str]) -> String {
+    let mut groups: Vec<(String, Vec<usize>)> = Vec::new();
+    for key in keys {
+        let parts: Vec<&str> = key.split('.').collect();
+        let number = parts.iter().position(|p| p.parse::<usize>().is_ok());
+        // Only the block number is folded: the first number behind a word that says so.
+        let number = number.filter(|i| *i > 0 && (parts[i - 1].ends_with("blocks") || parts[i - 1].ends_with("block")));
+        let (pattern, index) = match number {
+            Some(i) => {
+                let mut p = parts.clone();
+                p[i] = "*";
+                (p.join("."), parts[i].parse().ok())
+            }
+            None => (key.to_string(), None),
+        };
+        match groups.iter_mut().find(|(p, _)| *p == pattern) {
+            Some((_, indices)) => indices.extend(index),
+            None => groups.push((pattern, index.into_iter().collect())),
+        }
+    }
+    const SHOWN: usize = 5;
+    let name = |(pattern, indices): &(String, Vec<usize>)| match indices.as_slice() {
+        [] => pattern.clone(),
+        [one] => pattern.replacen('*', &one.to_string(), 1),
+        many => {
+            let (low, high) = (many.iter().min().unwrap_or(&0), many.iter().max().unwrap_or(&0));
+            format!("{} ({})", pattern.replacen('*', &format!("{low}-{high}"), 1), many.len())
+        }
+    };
+    let mut text = groups.iter().take(SHOWN).map(name).collect::<Vec<_>>().join(", ");
+    if groups.len() > SHOWN {
+        text += &format!(" and {} more kinds", groups.len() - SHOWN);
+    }
+    text
+}
+
+/// The dtype of a checkpoint, by the tensor that decides it everywhere: `blocks.0.cross_attn.k.weight`.
+pub fn checkpoint_dtype(source: &Source) -> Option<Dtype> {
+    source
+        .keys()
+        .find(|k| keys::canonical(k).as_deref() == Some("blocks.0.cross_attn.k.weight"))
+        .and_then(|k| source.dtype(k))
+}
+
+/// Holds the checkpoint's dtype against `--mixed_precision`. Weights of one 16-bit kind can be computed with in the
+/// other at some loss, which is worth a note; the old tool refused it, and so does compatibility mode.
+pub fn check_precision(source: &Source, mixed_precision: &str, compat: bool) -> Result<Option<String>> {
+    let (dtype, wants) = match checkpoint_dtype(source) {
+        Some(Dtype::F16) => ("fp16", "fp16"),
+        Some(Dtype::BF16) => ("bf16", "bf16"),
+        _ => return Ok(None),
+    };
+    if mixed_precision == wants || mixed_precision == "no" {
+        return Ok(None);
+    }
+    let what =
+        format!("{} is a {dtype} checkpoint and --mixed_precision is {mixed_precision}", source.path().display());
+    if compat {
+        return Err(UserError::new(what).hint(format!("use --mixed_precision {wants} or no")).into());
+    }
+    Ok(Some(format!("{what}: its weights are converted for each product, which loses a little; {wants} would not")))
+}
