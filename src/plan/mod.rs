@@ -1,1 +1,16 @@
-//! plan
+//! Memory, planned before anything is allocated: what will be where (`memory`), which saving policy and residency fit a
+//! budget (`choose`), what there is (`device`). Pure arithmetic on architecture numbers; nothing here touches a tensor.
+
+pub mod choose;
+pub mod device;
+pub mod memory;
+
+pub use choose::Wishes;
+pub use choose::{choose, Plan, Shortfall};
+pub use device::{available_ram, Budget};
+pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm};
+
+/// Bytes as GiB for people.
+pub fn gib(bytes: u64) -> String {
+    format!("{:.2}", bytes as f64 / (1u64 << 30) as f64)
+}

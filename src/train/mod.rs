@@ -10,6 +10,7 @@ pub mod loss;
 pub mod noise;
 pub mod observe;
 pub mod order;
+pub mod quantile;
 pub mod scale;
 pub mod settings;
 pub mod state;

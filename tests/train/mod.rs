@@ -1,4 +1,5 @@
 //! Training: schedules, timesteps, optimizer, trainer, residency, plan.
 
+mod plan;
 mod schedule;
 mod timesteps;

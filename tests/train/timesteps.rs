@@ -1,7 +1,8 @@
 //! Timestep sampling and loss weights against recorded draws, and the properties of the default modes.
 
 use serde_json::Value;
-use wan_train::train::timesteps::{normal_quantile, shift, Draws, Sampling, Timestep, TimestepSpec, Weighting};
+use wan_train::train::quantile::normal_quantile;
+use wan_train::train::timesteps::{shift, Draws, Sampling, Timestep, TimestepSpec, Weighting};
 
 use crate::golden_support::golden_dir;
 

@@ -1,0 +1,396 @@
+//! The price of a training step in bytes, closed forms only.
+//!
+//! L tokens, M text rows (and I image rows) of a batch; d width, f feed-forward width, n heads, r rank; c bytes of the
+//! compute dtype, s bytes of the residual stream. What a policy keeps of a block (see the block's two passes):
+//!
+//! | policy | kept beside the input `L·d·s` |
+//! |---|---|
+//! | recompute | nothing |
+//! | keep attention | `L·d·c` and its log-sum-exp `4·n·L` |
+//! | keep all | that, the outputs of q, k, v, o, cross q, cross o (`6·L·d·c`), cross-attention (`L·d·c + 4·n·L`, and keys and values `2·M·d·c`, for text and again for image rows), the first feed-forward product (`L·f·c`), and each LoRA's `x·Aᵀ` |
+
+use wan_models::adapter::{AdapterSpec, Kind};
+use wan_models::arch::{Site, WanArch};
+use wan_models::wan::{BlockPlan, Home, SavePolicy};
+
+use crate::config::RunConfig;
+
+/// Where a run computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Everything is host memory.
+    Cpu,
+    Cuda,
+}
+
+/// How the linears of the blocks are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightForm {
+    /// Bytes an element: 4 or 2.
+    Dense(u64),
+    /// One byte an element and a scale of this many bytes per block of 64 inputs (per row where they do not divide).
+    Fp8Scaled { scale_bytes: u64 },
+    /// One byte an element, no scales.
+    Fp8Cast,
+}
+
+/// Bytes of the optimizer's moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moments {
+    F32,
+    /// Codes in blocks of 256 with two fp32 scales; tensors below 4096 elements in fp32.
+    Blocks8bit,
+}
+
+/// Everything the arithmetic depends on.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub arch: WanArch,
+    pub target: Target,
+    pub weights: WeightForm,
+    /// Bytes of an element outside the blocks' matrices (embeddings, head, norms, biases).
+    pub rest_bytes: u64,
+    /// Bytes of the compute dtype.
+    pub compute_bytes: u64,
+    /// Bytes of the residual stream.
+    pub stream_bytes: u64,
+    /// Latent frames, rows, columns of the largest bucket.
+    pub latent: [u64; 3],
+    pub batch: u64,
+    pub adapter: AdapterSpec,
+    /// Linears with an adapter.
+    pub sites: Vec<Site>,
+    pub moments: Moments,
+}
+
+/// Who is where: the choice that a plan makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrangement {
+    pub blocks_to_swap: u64,
+    pub ring_size: u64,
+    /// One per block.
+    pub saving: Vec<BlockPlan>,
+}
+
+impl Arrangement {
+    /// All blocks in place, all with one policy.
+    pub fn uniform(job: &Job, keep: SavePolicy, home: Home) -> Self {
+        Self { blocks_to_swap: 0, ring_size: 2, saving: vec![BlockPlan { keep, home }; job.arch.num_layers] }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    pub what: &'static str,
+    pub device: u64,
+    pub host: u64,
+}
+
+/// The table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory {
+    pub rows: Vec<Row>,
+}
+
+impl Memory {
+    pub fn device(&self) -> u64 {
+        self.rows.iter().map(|r| r.device).sum()
+    }
+
+    pub fn host(&self) -> u64 {
+        self.rows.iter().map(|r| r.host).sum()
+    }
+
+    pub fn row(&self, what: &str) -> Option<&Row> {
+        self.rows.iter().find(|r| r.what == what)
+    }
+}
+
+/// Scratch of the attention reference: score tiles are split above this size.
+const ATTENTION_TILE: u64 = 256 << 20;
+/// Copies of a tile alive at once in the reference's backward.
+const TILES: u64 = 4;
+/// Workspace of the matrix library.
+const GEMM_WORKSPACE: u64 = 64 << 20;
+/// Context, code and allocator slack of a CUDA process.
+const CUDA_CONTEXT: u64 = 600 << 20;
+
+impl Job {
+    /// Tokens of a batch.
+    pub fn tokens(&self) -> u64 {
+        let [f, h, w] = self.latent;
+        let [pf, ph, pw] = self.arch.patch.map(|p| p as u64);
+        self.batch * (f / pf) * (h / ph) * (w / pw)
+    }
+
+    fn text_rows(&self) -> u64 {
+        self.batch * self.arch.text_len as u64
+    }
+
+    fn image_rows(&self) -> u64 {
+        self.arch.clip.map_or(0, |c| self.batch * c.rows() as u64)
+    }
+
+    /// Weights and scales of the linears of one block.
+    pub fn block_linear_bytes(&self) -> u64 {
+        let matrix = |site: &Site| {
+            let (o, i) = (site.out_features as u64, site.in_features as u64);
+            match self.weights {
+                WeightForm::Dense(bytes) => o * i * bytes,
+                WeightForm::Fp8Cast => o * i,
+                WeightForm::Fp8Scaled { scale_bytes } => {
+                    let scales = if i % 64 == 0 { i / 64 } else { 1 };
+                    o * i + o * scales * scale_bytes
+                }
+            }
+        };
+        self.arch.block_sites(0).iter().map(matrix).sum()
+    }
+
+    /// Biases, norms and modulation of one block.
+    fn block_small_bytes(&self) -> u64 {
+        let d = self.arch.dim as u64;
+        let biases: u64 = self.arch.block_sites(0).iter().map(|s| s.out_features as u64).sum();
+        let norms = 4 * d + 2 * d + if self.arch.clip.is_some() { d } else { 0 };
+        (biases + norms + 6 * d) * self.rest_bytes
+    }
+
+    /// Embeddings and head.
+    fn outer_bytes(&self) -> u64 {
+        let a = &self.arch;
+        let (d, text, freq) = (a.dim as u64, a.text_dim as u64, a.freq_dim as u64);
+        let patch = d * a.patch_in() as u64 + d;
+        let text = d * text + d + d * d + d;
+        let time = d * freq + d + d * d + d + 6 * d * d + 6 * d;
+        let head = d * a.patch_out() as u64 + a.patch_out() as u64 + 2 * d;
+        let image = a.clip.map_or(0, |c| {
+            let w = c.dim as u64;
+            let position = if c.images == 2 { c.rows() as u64 * w } else { 0 };
+            position + 2 * w + w * w + w + w * d + d + 2 * d
+        });
+        (patch + text + time + head + image) * self.rest_bytes
+    }
+
+    /// Trainable elements.
+    pub fn trainable(&self) -> u64 {
+        let of = |s: &Site| self.adapter.layout(s.out_features, s.in_features).params;
+        self.sites.iter().flat_map(of).map(|p| (p.shape[0] * p.shape[1]) as u64).sum()
+    }
+
+    fn moment_bytes(&self) -> u64 {
+        const BLOCK: u64 = 256;
+        const SMALL: u64 = 4096;
+        match self.moments {
+            Moments::F32 => 8 * self.trainable(),
+            Moments::Blocks8bit => {
+                let of = |s: &Site| self.adapter.layout(s.out_features, s.in_features).params;
+                let bytes = |elements: u64| match elements < SMALL {
+                    true => 8 * elements,
+                    false => 2 * elements + 8 * elements.div_ceil(BLOCK),
+                };
+                self.sites.iter().flat_map(of).map(|p| bytes((p.shape[0] * p.shape[1]) as u64)).sum()
+            }
+        }
+    }
+
+    /// Rows a LoRA's low-rank activations take in one block: `x·Aᵀ` of every site, in elements.
+    fn low_rank_elements(&self) -> u64 {
+        if self.adapter.kind != Kind::Lora {
+            return 0;
+        }
+        let rows = |name: &str| match name {
+            n if n.ends_with("cross_attn.k") || n.ends_with("cross_attn.v") => self.text_rows(),
+            n if n.ends_with("_img") => self.image_rows(),
+            _ => self.tokens(),
+        };
+        let of_first = self.sites.iter().filter(|s| s.name.starts_with("blocks.0."));
+        of_first.map(|s| rows(&s.name) * self.adapter.rank as u64).sum()
+    }
+
+    /// What one block keeps between the passes.
+    pub fn saved_bytes(&self, keep: SavePolicy) -> u64 {
+        let (d, n, f) = (self.arch.dim as u64, self.arch.num_heads as u64, self.arch.ffn_dim as u64);
+        let (l, c) = (self.tokens(), self.compute_bytes);
+        let input = l * d * self.stream_bytes;
+        let attention = l * d * c + 4 * n * l;
+        match keep {
+            SavePolicy::Recompute => input,
+            SavePolicy::KeepAttention => input + attention,
+            SavePolicy::KeepAll => {
+                let cross = |rows: u64| if rows == 0 { 0 } else { attention + 2 * rows * d * c };
+                let products = 6 * l * d * c + l * f * c + self.low_rank_elements() * c;
+                input + attention + cross(self.text_rows()) + cross(self.image_rows()) + products
+            }
+        }
+    }
+
+    /// Temporaries of one block at the worst moment of its backward: the results of its products, and at the
+    /// feed-forward part three streams, the gradient, two of the feed-forward width and one of the model's.
+    fn working_bytes(&self) -> u64 {
+        let (d, f, c) = (self.arch.dim as u64, self.arch.ffn_dim as u64, self.compute_bytes);
+        let l = self.tokens();
+        let products = self.saved_bytes(SavePolicy::KeepAll) - l * d * self.stream_bytes;
+        products + l * (4 * d * self.stream_bytes + 2 * f * c + d * c)
+    }
+
+    /// What single operations need beside their arguments and results.
+    fn scratch_bytes(&self) -> u64 {
+        let (d, n, l) = (self.arch.dim as u64, self.arch.num_heads as u64, self.tokens());
+        let largest = self.arch.dim.max(self.arch.ffn_dim) as u64 * d;
+        match self.target {
+            // The reference widens a matrix to the compute dtype, and works on fp32 copies of queries, keys, values and
+            // their gradients, a tile of scores at a time.
+            Target::Cpu => {
+                let widened = match self.weights {
+                    WeightForm::Dense(bytes) if bytes == self.compute_bytes => 0,
+                    _ => largest * self.compute_bytes,
+                };
+                let scores = (n * self.batch * (l / self.batch).pow(2) * 4).min(ATTENTION_TILE);
+                widened + TILES * scores + 7 * l * d * 4
+            }
+            // One dequantised matrix, the fp32 gradient of queries and the row sums of the attention backward.
+            Target::Cuda => {
+                let tile = if matches!(self.weights, WeightForm::Dense(_)) { 0 } else { largest * self.compute_bytes };
+                tile + l * d * 4 + 4 * n * l + GEMM_WORKSPACE
+            }
+        }
+    }
+
+    /// Latents, noise, input, prediction and its gradient, text, embeddings of the first layer; two batches, since the
+    /// next one is prefetched.
+    fn batch_bytes(&self) -> u64 {
+        let elements = self.batch * self.latent.iter().product::<u64>();
+        let channels = 4 * self.arch.out_dim as u64 + self.arch.in_dim as u64;
+        let text = self.text_rows() * self.arch.text_dim as u64;
+        let rows = (self.text_rows() + self.image_rows()) * self.arch.dim as u64;
+        2 * (elements * channels * 4 + text * 4) + rows * self.compute_bytes
+    }
+}
+
+/// What does not depend on the arrangement, worked out once.
+#[derive(Debug, Clone)]
+pub struct Prices {
+    cpu: bool,
+    layers: u64,
+    rest: u64,
+    block: u64,
+    adapters: u64,
+    gradients: u64,
+    moments: u64,
+    saved: [u64; 3],
+    working: u64,
+    scratch: u64,
+    batches: u64,
+}
+
+impl Prices {
+    pub fn new(job: &Job) -> Self {
+        let (cpu, layers, trainable) = (job.target == Target::Cpu, job.arch.num_layers as u64, job.trainable());
+        // On a device the 16-bit views that the products read are kept beside the fp32 masters.
+        let views = if cpu || job.compute_bytes == 4 { 0 } else { job.compute_bytes * trainable };
+        Self {
+            cpu,
+            layers,
+            rest: job.outer_bytes() + layers * job.block_small_bytes(),
+            block: job.block_linear_bytes(),
+            adapters: 4 * trainable + views,
+            gradients: 4 * trainable,
+            moments: job.moment_bytes(),
+            saved: [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll].map(|k| job.saved_bytes(k)),
+            working: job.working_bytes(),
+            scratch: job.scratch_bytes() + if cpu { 0 } else { CUDA_CONTEXT },
+            batches: job.batch_bytes(),
+        }
+    }
+
+    fn saved(&self, keep: SavePolicy) -> u64 {
+        match keep {
+            SavePolicy::Recompute => self.saved[0],
+            SavePolicy::KeepAttention => self.saved[1],
+            SavePolicy::KeepAll => self.saved[2],
+        }
+    }
+
+    /// The table of an arrangement.
+    pub fn of(&self, a: &Arrangement) -> Memory {
+        let swapped = a.blocks_to_swap.min(self.layers);
+        let slots = if swapped == 0 { 0 } else { a.ring_size.clamp(1, swapped) };
+        let mut rows = Vec::with_capacity(10);
+        // On the CPU host and device are one memory.
+        let mut row = |what, device: u64, host: u64| match self.cpu {
+            true => rows.push(Row { what, device: device + host, host: 0 }),
+            false => rows.push(Row { what, device, host }),
+        };
+        row("embeddings, head, norms, biases", self.rest, 0);
+        row("resident blocks", (self.layers - swapped) * self.block, 0);
+        if swapped > 0 {
+            row("streamed blocks", slots * self.block, swapped * self.block);
+        }
+        row("adapters", self.adapters, 0);
+        row("gradients", self.gradients, 0);
+        row("optimizer", self.moments, 0);
+        let (mut kept, mut away, mut largest_away) = (0, 0, 0);
+        for plan in &a.saving {
+            let bytes = self.saved(plan.keep);
+            match plan.home {
+                Home::Device => kept += bytes,
+                Home::Host => {
+                    away += bytes;
+                    largest_away = largest_away.max(bytes);
+                }
+            }
+        }
+        // What waits in host memory passes through two slots on the device.
+        let passing = if self.cpu { 0 } else { 2 * largest_away };
+        row("saved activations", kept + passing, away);
+        row("working set of a block", self.working, 0);
+        row("scratch", self.scratch, 0);
+        row("batches", self.batches, if self.cpu { 0 } else { self.batches });
+        Memory { rows }
+    }
+}
+
+/// The table of an arrangement.
+pub fn price(job: &Job, a: &Arrangement) -> Memory {
+    Prices::new(job).of(a)
+}
+
+impl Job {
+    /// The job of a run: `checkpoint_bytes` an element of the DiT's file, `sites` the linears that get an adapter, and
+    /// the largest bucket.
+    pub fn from_config(c: &RunConfig, arch: &WanArch, run: &RunShape) -> Self {
+        let fp8 = c.fp8_base || c.fp8_scaled;
+        let weights = match (fp8, c.musubi_compat && !c.fp8_scaled) {
+            (false, _) => WeightForm::Dense(run.checkpoint_bytes),
+            (true, true) => WeightForm::Fp8Cast,
+            (true, false) => WeightForm::Fp8Scaled { scale_bytes: run.checkpoint_bytes },
+        };
+        let compute_bytes = if c.mixed_precision == "no" { 4 } else { 2 };
+        Self {
+            arch: arch.clone(),
+            target: run.target,
+            weights,
+            rest_bytes: if fp8 && c.musubi_compat && !c.fp8_scaled { 1 } else { run.checkpoint_bytes },
+            compute_bytes,
+            stream_bytes: if c.musubi_compat { compute_bytes } else { 4 },
+            latent: run.latent,
+            batch: run.batch,
+            adapter: run.adapter,
+            sites: run.sites.clone(),
+            moments: if c.optimizer_type.to_lowercase().ends_with("8bit") { Moments::Blocks8bit } else { Moments::F32 },
+        }
+    }
+}
+
+/// What of a run is not in its configuration.
+#[derive(Debug, Clone)]
+pub struct RunShape {
+    pub target: Target,
+    pub checkpoint_bytes: u64,
+    /// Latent frames, rows, columns of the largest bucket, and its batch size.
+    pub latent: [u64; 3],
+    pub batch: u64,
+    pub adapter: AdapterSpec,
+    pub sites: Vec<Site>,
+}

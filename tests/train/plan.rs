@@ -1,0 +1,217 @@
+//! The memory plan: closed forms, monotonicity, and the sizes that must fit.
+
+use wan_models::adapter::{AdapterSpec, Kind};
+use wan_models::arch::{ModelConfig, WanArch};
+use wan_models::wan::{BlockPlan, Home, SavePolicy};
+use wan_train::config::registry;
+use wan_train::plan::{choose, price, Arrangement, Budget, Job, Moments, Target, WeightForm, Wishes};
+
+const GIB: u64 = 1 << 30;
+
+fn arch(task: &str) -> WanArch {
+    ModelConfig::from_toml(registry::text(&format!("models/{task}.toml")).unwrap()).unwrap().arch
+}
+
+/// The job of the measured 24 GB case: 14B, 1280x720, 21 frames, rank 42, fp8 weights, 16-bit compute.
+fn v21(target: Target) -> Job {
+    let arch = arch("t2v-A14B");
+    Job {
+        sites: arch.sites(),
+        target,
+        weights: WeightForm::Fp8Scaled { scale_bytes: 2 },
+        rest_bytes: 2,
+        compute_bytes: 2,
+        stream_bytes: 4,
+        latent: [6, 90, 160],
+        batch: 1,
+        adapter: AdapterSpec { kind: Kind::Lora, rank: 42, alpha: 42.0 },
+        moments: Moments::Blocks8bit,
+        arch,
+    }
+}
+
+/// Two blocks of width 8, feed-forward 24, two heads; 2 x 2 x 3 tokens.
+fn tiny() -> Job {
+    let arch = WanArch {
+        dim: 8,
+        ffn_dim: 24,
+        num_heads: 2,
+        num_layers: 2,
+        in_dim: 4,
+        out_dim: 4,
+        text_dim: 6,
+        text_len: 5,
+        freq_dim: 4,
+        eps: 1e-6,
+        patch: [1, 2, 2],
+        clip: None,
+        per_token_time: false,
+    };
+    Job {
+        sites: arch.sites(),
+        target: Target::Cpu,
+        weights: WeightForm::Dense(4),
+        rest_bytes: 4,
+        compute_bytes: 4,
+        stream_bytes: 4,
+        latent: [2, 4, 6],
+        batch: 1,
+        adapter: AdapterSpec { kind: Kind::Lora, rank: 3, alpha: 3.0 },
+        moments: Moments::F32,
+        arch,
+    }
+}
+
+fn keep(job: &Job, keep: SavePolicy) -> Arrangement {
+    Arrangement::uniform(job, keep, Home::Device)
+}
+
+#[test]
+fn the_tiny_model_has_the_sizes_counted_by_hand() {
+    let job = tiny();
+    assert_eq!(job.tokens(), 12);
+    // Eight 8x8 matrices and two of 8x24.
+    assert_eq!(job.block_linear_bytes(), 4 * (8 * 64 + 2 * 192));
+    // Rank 3: each square site 3·16 numbers, each of the others 3·32.
+    assert_eq!(job.trainable(), 2 * (8 * 48 + 2 * 96));
+    let table = price(&job, &keep(&job, SavePolicy::Recompute));
+    let device = |what: &str| table.row(what).unwrap().device;
+    assert_eq!(device("resident blocks"), 2 * job.block_linear_bytes());
+    assert_eq!(device("adapters"), 4 * 1152);
+    assert_eq!(device("gradients"), 4 * 1152);
+    assert_eq!(device("optimizer"), 8 * 1152);
+    assert_eq!(device("saved activations"), 2 * 12 * 8 * 4);
+    // Embeddings: patch 8·16+8, text 8·6+8+64+8, time 8·4+8+64+8+6·64+48, head 8·16+16+16; a block's biases
+    // 9·8+24, norms 6·8, modulation 6·8.
+    let outer = 136 + 128 + 544 + 160;
+    assert_eq!(device("embeddings, head, norms, biases"), 4 * (outer + 2 * (96 + 48 + 48)));
+    // Attention: 12·8 outputs and 2·12 sums. All: that twice, keys and values of five text rows, six products and the
+    // feed-forward one, and low-rank activations of 8 sites over 12 rows and two over 5.
+    let attention = 4 * (96 + 24);
+    let all = 2 * attention + 4 * (2 * 5 * 8 + 6 * 96 + 12 * 24 + 3 * (8 * 12 + 2 * 5));
+    assert_eq!(job.saved_bytes(SavePolicy::KeepAttention), 4 * 96 + attention);
+    assert_eq!(job.saved_bytes(SavePolicy::KeepAll), 4 * 96 + all);
+}
+
+#[test]
+fn a_14b_block_is_as_large_as_measured() {
+    let job = v21(Target::Cuda);
+    let matrices = 8 * 5120u64.pow(2) + 2 * 5120 * 13824;
+    assert_eq!(matrices, 351_272_960);
+    assert_eq!(job.block_linear_bytes(), matrices + matrices / 64 * 2);
+    assert_eq!(job.tokens(), 21_600);
+    assert_eq!(job.saved_bytes(SavePolicy::Recompute), 21_600 * 5120 * 4);
+}
+
+#[test]
+fn more_of_anything_never_takes_less() {
+    let base = v21(Target::Cuda);
+    let total = |job: &Job, a: &Arrangement| {
+        let m = price(job, a);
+        (m.device(), m.device() + m.host())
+    };
+    let a = keep(&base, SavePolicy::KeepAttention);
+    let (device, all) = total(&base, &a);
+    let mut wider = base.clone();
+    wider.adapter.rank = 64;
+    let mut dense = base.clone();
+    dense.weights = WeightForm::Dense(2);
+    let more = [
+        Job { latent: [7, 90, 160], ..base.clone() },
+        Job { batch: 2, ..base.clone() },
+        Job { moments: Moments::F32, ..base.clone() },
+        Job { compute_bytes: 4, ..base.clone() },
+        wider,
+        dense,
+    ];
+    for job in more {
+        assert!(total(&job, &a).0 > device);
+    }
+    let policies = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
+    let sizes = policies.map(|p| total(&base, &keep(&base, p)).0);
+    assert!(sizes[0] < sizes[1] && sizes[1] < sizes[2]);
+    let mut last = (u64::MAX, 0);
+    for swap in 3..=40 {
+        let now = total(&base, &Arrangement { blocks_to_swap: swap, ..a.clone() });
+        assert!(now.0 < last.0 && now.1 >= last.1, "each streamed block frees device memory, never the sum");
+        last = now;
+    }
+    assert!(last.1 > all, "two ring slots come on top");
+}
+
+#[test]
+fn the_720p_clip_fits_a_24_gb_card() {
+    let budget = Budget { device: 45 * GIB / 2, host: 32 * GIB };
+    for stream_bytes in [2, 4] {
+        let job = Job { stream_bytes, ..v21(Target::Cuda) };
+        let plan = choose(&job, budget, Wishes::default()).unwrap();
+        assert!(plan.memory.device() <= budget.device && plan.memory.host() <= budget.host);
+        // Attention is the dearest thing to compute again.
+        assert!(plan.arrangement.saving.iter().all(|p| p.keep != SavePolicy::Recompute), "{plan}");
+    }
+    // With a 16-bit residual stream not a single block has to be streamed.
+    let job = Job { stream_bytes: 2, ..v21(Target::Cuda) };
+    let plan = choose(&job, budget, Wishes { blocks_to_swap: Some(0), ..Default::default() }).unwrap();
+    assert_eq!(plan.memory.row("streamed blocks"), None);
+    println!("{plan}");
+}
+
+#[test]
+fn the_720p_clip_fits_a_12_gb_card_with_streamed_blocks() {
+    let job = v21(Target::Cuda);
+    let plan = choose(&job, Budget { device: 23 * GIB / 2, host: 64 * GIB }, Wishes::default()).unwrap();
+    assert!(plan.arrangement.blocks_to_swap > 10, "{plan}");
+    println!("{plan}");
+}
+
+#[test]
+fn a_larger_budget_is_never_slower_and_wishes_are_kept() {
+    let job = v21(Target::Cuda);
+    let keeps = |plan: &BlockPlan| plan.keep == SavePolicy::KeepAll;
+    let mut last = 0;
+    for gib in [24, 40, 80, 139] {
+        let plan = choose(&job, Budget { device: gib * GIB, host: 64 * GIB }, Wishes::default()).unwrap();
+        let all = plan.arrangement.saving.iter().filter(|p| keeps(p)).count();
+        assert!(all >= last, "{gib} GiB: {plan}");
+        last = all;
+    }
+    assert_eq!(last, 40, "139 GiB hold everything");
+    let wishes = Wishes { blocks_to_swap: Some(20), recompute: true, ..Default::default() };
+    let plan = choose(&job, Budget { device: 80 * GIB, host: 64 * GIB }, wishes).unwrap();
+    assert_eq!(plan.arrangement.blocks_to_swap, 20);
+    assert!(plan.arrangement.saving.iter().all(|p| p.keep == SavePolicy::Recompute));
+}
+
+#[test]
+fn what_does_not_fit_says_by_how_much_and_what_would() {
+    let mut job = v21(Target::Cuda);
+    job.weights = WeightForm::Dense(2);
+    job.moments = Moments::F32;
+    let budget = Budget { device: 25 * GIB, host: 64 * GIB };
+    let wishes = Wishes { blocks_to_swap: Some(0), ..Default::default() };
+    let short = choose(&job, budget, wishes).unwrap_err();
+    let text = short.to_string();
+    assert!(text.contains("more than the 25.00 GiB"), "{text}");
+    assert!(text.contains("--fp8_scaled: fits"), "{text}");
+    assert!(text.contains("leaving --blocks_to_swap to the plan: fits"), "{text}");
+    assert!(text.contains("--optimizer_type adamw8bit: saves"), "{text}");
+    let tiny_card = Budget { device: 6 * GIB, host: 64 * GIB };
+    let text = choose(&v21(Target::Cuda), tiny_card, Wishes::default()).unwrap_err().to_string();
+    assert!(text.contains("clips of"), "{text}");
+    let no_ram = Budget { device: 12 * GIB, host: 2 * GIB };
+    let text = choose(&v21(Target::Cuda), no_ram, Wishes::default()).unwrap_err().to_string();
+    assert!(text.contains("host memory"), "{text}");
+}
+
+#[test]
+fn on_the_cpu_everything_is_one_memory() {
+    let job = tiny();
+    let budget = Budget { device: GIB, host: 0 };
+    let plan = choose(&job, budget, Wishes::default()).unwrap();
+    assert_eq!(plan.memory.host(), 0);
+    assert!(plan.arrangement.saving.iter().all(|p| *p == BlockPlan { keep: SavePolicy::KeepAll, home: Home::Device }));
+    // Streaming on request costs the slots on top of the masters.
+    let ring = Wishes { blocks_to_swap: Some(2), ring_size: Some(1), ..Default::default() };
+    let ring = choose(&job, budget, ring).unwrap();
+    assert_eq!(ring.memory.device(), plan.memory.device() + job.block_linear_bytes());
+}
