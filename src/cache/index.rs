@@ -78,12 +78,12 @@ impl CacheIndex {
             let dataset = survey.dataset(item);
             for clip in &entry.clips {
                 let name = clip.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-                let frames = if item.kind == Kind::Image { 1 } else { clip.frames };
+                let frames = if item.kind == Kind::Image { 1 } else { clip.span.frames };
                 items.push(CachedItem {
                     name: name.strip_suffix(LATENT_SUFFIX).unwrap_or(&name).to_string(),
                     latent_path: clip.path.clone(),
                     text_path: entry.text.path.clone(),
-                    bucket: BucketKey { width: clip.bucket.0 as usize, height: clip.bucket.1 as usize, frames },
+                    bucket: BucketKey { width: clip.span.size.0 as usize, height: clip.span.size.1 as usize, frames },
                     repeats: dataset.num_repeats.max(1),
                     dataset: item.dataset,
                 });

@@ -17,7 +17,7 @@ use wan_models::vae::{Encoder, Vae};
 use super::fingerprint::SourceId;
 use super::format::{self, LatentTensors};
 use super::recipe::{ClipList, Freshness, LatentRecipe, Stamp};
-use super::survey::{cut_rule, latent_path, LatentEntry, Outcome, Survey};
+use super::survey::{cut_rule, latent_path, ClipSpan, LatentEntry, Outcome, Survey};
 use crate::data::{self, Clip, Entry, Item, Kind};
 use crate::error::UserError;
 use crate::fsio;
@@ -167,10 +167,10 @@ enum Message {
         clip: Clip,
         sources: Arc<Sources>,
     },
-    /// The item is read through: all its clips as (start, frames, size), or why it cannot be read.
+    /// The item is read through: all its clips, or why it cannot be read.
     End {
         entry: usize,
-        result: Result<Vec<(usize, usize, (u32, u32))>>,
+        result: Result<Vec<ClipSpan>>,
     },
 }
 
@@ -194,14 +194,15 @@ fn decode_all(work: &[WorkItem], send: &SyncSender<Message>, stop: &AtomicBool) 
     }
 }
 
-fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<(usize, usize, (u32, u32))>> {
+fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<ClipSpan>> {
     let identity = |path: &PathBuf| SourceId::of(path).map_err(|e| fsio::explain(e, path));
     let controls = w.item.controls.iter().map(identity).collect::<Result<_>>()?;
     let sources = Arc::new(Sources { source: identity(&w.item.path)?, controls });
     let mut found = Vec::new();
     let mut hand_over = |clip: Clip| {
-        found.push((clip.start, clip.frames.len(), clip.size));
-        if w.ready.contains(&latent_path(&w.dataset, &w.item, clip.start, clip.frames.len(), clip.size)) {
+        let span = ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size };
+        found.push(span);
+        if w.ready.contains(&latent_path(&w.dataset, &w.item, span)) {
             return Ok(());
         }
         let message = Message::Clip { entry: w.entry, clip, sources: sources.clone() };
@@ -257,7 +258,8 @@ impl Kitchen {
         }
         let item = survey.items[survey.entries[entry].item].clone();
         // A clip that the estimate did not foresee may still be there from an earlier run.
-        let file = survey.latent_entry(&item, clip.start, clip.frames.len(), clip.size);
+        let span = ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size };
+        let file = survey.latent_entry(&item, span);
         if file.state.is_usable() {
             return Ok(());
         }
@@ -274,16 +276,11 @@ impl Kitchen {
         }
     }
 
-    fn finish(
-        &mut self,
-        survey: &mut Survey,
-        entry: usize,
-        result: Result<Vec<(usize, usize, (u32, u32))>>,
-    ) -> Result<()> {
+    fn finish(&mut self, survey: &mut Survey, entry: usize, result: Result<Vec<ClipSpan>>) -> Result<()> {
         match result {
             Ok(found) => {
                 let item = &survey.items[survey.entries[entry].item];
-                let all = found.iter().map(|&(start, frames, _)| (start, frames)).collect();
+                let all = found.iter().map(|c| (c.start, c.frames)).collect();
                 let list = ClipList { cut: cut_rule(survey.dataset(item)), all };
                 let list = (item.kind == Kind::Video).then_some(list);
                 self.write_held(survey, list)?;
@@ -308,14 +305,14 @@ impl Kitchen {
             stamp: Stamp::new(&named)?,
             source: sources.source.clone(),
             controls: sources.controls.clone(),
-            settings: survey.settings(&item, file.start, file.frames, file.bucket)?,
+            settings: survey.settings(&item, file.span)?,
             vae: self.vae_fingerprint.clone(),
             clip: self.clip.as_ref().map(|(_, fingerprint)| fingerprint.clone()),
             clips,
         };
         let (size, frame_count) = match item.kind {
             Kind::Image => (item.probe.size, None),
-            Kind::Video => (file.bucket, Some(file.frames)),
+            Kind::Video => (file.span.size, Some(file.span.frames)),
         };
         let mut metadata = format::latent_metadata(size.0 as usize, size.1 as usize, frame_count);
         metadata.insert(format::RECIPE_KEY.to_string(), serde_json::to_string(&recipe)?);

@@ -20,7 +20,7 @@ impl From<&VaeArch> for LatentGeometry {
 impl LatentGeometry {
     /// [c,F,h,w] of a clip.
     pub fn shape(&self, (width, height): (u32, u32), frames: usize) -> [usize; 4] {
-        let f = (frames + self.temporal - 1) / self.temporal;
+        let f = frames.div_ceil(self.temporal);
         [self.channels, f, height as usize / self.spatial, width as usize / self.spatial]
     }
 }

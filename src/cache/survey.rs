@@ -27,14 +27,19 @@ pub enum Outcome {
     Reused,
 }
 
+/// Frames of an item that make a latent file: `frames` of them from frame `start` on, at `size` (width, height).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClipSpan {
+    pub start: usize,
+    pub frames: usize,
+    pub size: (u32, u32),
+}
+
 /// One latent file: a picture's, or one clip's of a video.
 #[derive(Debug, Clone)]
 pub struct LatentEntry {
     pub path: PathBuf,
-    pub start: usize,
-    pub frames: usize,
-    /// Width and height of the frames that are encoded.
-    pub bucket: (u32, u32),
+    pub span: ClipSpan,
     pub state: Freshness,
     pub outcome: Outcome,
     /// What was wrong with the file that this run replaced.
@@ -127,8 +132,10 @@ impl Survey {
                 None => (estimated_clips(item, entry), false),
             },
         };
-        let mut clips: Vec<LatentEntry> =
-            spans.into_iter().map(|(start, frames)| self.latent_entry(item, start, frames, bucket)).collect();
+        let mut clips: Vec<LatentEntry> = spans
+            .into_iter()
+            .map(|(start, frames)| self.latent_entry(item, ClipSpan { start, frames, size: bucket }))
+            .collect();
         clips.sort_by(|a, b| a.path.cmp(&b.path));
         let settled = settled || (!clips.is_empty() && clips.iter().all(|c| c.state.is_usable()));
         let side = 2 * self.options.geometry.spatial as u32;
@@ -141,23 +148,23 @@ impl Survey {
     }
 
     /// One latent file, looked at now.
-    pub fn latent_entry(&self, item: &Item, start: usize, frames: usize, bucket: (u32, u32)) -> LatentEntry {
-        let path = latent_path(self.dataset(item), item, start, frames, bucket);
+    pub fn latent_entry(&self, item: &Item, span: ClipSpan) -> LatentEntry {
+        let path = latent_path(self.dataset(item), item, span);
         let state = match self.options.recache {
             true => Freshness::Stale("made again on request".to_string()),
-            false => self.latent_state(&path, item, start, frames, bucket),
+            false => self.latent_state(&path, item, span),
         };
         let outcome = if state.is_usable() { Outcome::Reused } else { Outcome::Pending };
-        LatentEntry { path, start, frames, bucket, state, outcome, remade: None }
+        LatentEntry { path, span, state, outcome, remade: None }
     }
 
     /// The settings under which a latent file is made now.
-    pub fn settings(&self, item: &Item, start: usize, frames: usize, bucket: (u32, u32)) -> Result<LatentSettings> {
+    pub fn settings(&self, item: &Item, span: ClipSpan) -> Result<LatentSettings> {
         let o = &self.options;
         Ok(LatentSettings {
-            bucket,
-            start,
-            frames,
+            bucket: span.size,
+            start: span.start,
+            frames: span.frames,
             source_fps: self.dataset(item).source_fps,
             dtype: format::dtype_name(o.vae_dtype)?.to_string(),
             i2v: o.i2v,
@@ -166,7 +173,7 @@ impl Survey {
         })
     }
 
-    fn latent_state(&self, path: &Path, item: &Item, start: usize, frames: usize, bucket: (u32, u32)) -> Freshness {
+    fn latent_state(&self, path: &Path, item: &Item, span: ClipSpan) -> Freshness {
         let found = format::read_header(path).and_then(|h| LatentInfo::from_header(&h).map(|info| (h, info)));
         let (header, info) = match found {
             Ok(found) => found,
@@ -177,7 +184,7 @@ impl Survey {
         if let Some(why) = other_architecture(&header) {
             return Freshness::Stale(why);
         }
-        let wanted = o.geometry.shape(bucket, frames);
+        let wanted = o.geometry.shape(span.size, span.frames);
         if info.shape != wanted {
             return Freshness::Stale(format!("holds latents of shape {:?}, wanted {wanted:?}", info.shape));
         }
@@ -194,7 +201,7 @@ impl Survey {
             Ok(None) => return Freshness::Foreign,
             Err(why) => return Freshness::Stale(why),
         };
-        let settings = match self.settings(item, start, frames, bucket) {
+        let settings = match self.settings(item, span) {
             Ok(settings) => settings,
             Err(e) => return Freshness::Stale(e.to_string()),
         };
@@ -297,7 +304,7 @@ impl Survey {
             let item = self.items[self.entries[i].item].clone();
             let mut found = Vec::new();
             let read = data::decode_video(&item, self.dataset(&item), &mut |clip| {
-                found.push((clip.start, clip.frames.len(), clip.size));
+                found.push(ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size });
                 Ok(())
             });
             match read {
@@ -307,16 +314,16 @@ impl Survey {
         }
     }
 
-    /// Replaces the estimated clips of entry `i` by those the video yields: (start, frames, size). What is known of the
+    /// Replaces the estimated clips of entry `i` by those the video yields. What is known of the
     /// files stays.
-    pub fn settle_clips(&mut self, i: usize, found: &[(usize, usize, (u32, u32))]) {
+    pub fn settle_clips(&mut self, i: usize, found: &[ClipSpan]) {
         let item = self.items[self.entries[i].item].clone();
         let mut old: BTreeMap<PathBuf, LatentEntry> =
             std::mem::take(&mut self.entries[i].clips).into_iter().map(|c| (c.path.clone(), c)).collect();
         let mut clips: Vec<LatentEntry> = Vec::new();
-        for &(start, frames, size) in found {
-            let path = latent_path(self.dataset(&item), &item, start, frames, size);
-            clips.push(old.remove(&path).unwrap_or_else(|| self.latent_entry(&item, start, frames, size)));
+        for &span in found {
+            let path = latent_path(self.dataset(&item), &item, span);
+            clips.push(old.remove(&path).unwrap_or_else(|| self.latent_entry(&item, span)));
         }
         clips.sort_by(|a, b| a.path.cmp(&b.path));
         let entry = &mut self.entries[i];
@@ -383,14 +390,17 @@ fn other_architecture(header: &Header) -> Option<String> {
 }
 
 /// Where the latents of a clip go.
-pub fn latent_path(entry: &Entry, item: &Item, start: usize, frames: usize, bucket: (u32, u32)) -> PathBuf {
+pub fn latent_path(entry: &Entry, item: &Item, span: ClipSpan) -> PathBuf {
     let base = item.stem.clone();
     let name = match item.kind {
         Kind::Image => {
             let (width, height) = item.probe.size;
             CacheName::Image { base, width: width as usize, height: height as usize }
         }
-        Kind::Video => CacheName::Video { base, start, frames, width: bucket.0 as usize, height: bucket.1 as usize },
+        Kind::Video => {
+            let (width, height) = (span.size.0 as usize, span.size.1 as usize);
+            CacheName::Video { base, start: span.start, frames: span.frames, width, height }
+        }
     };
     entry.cache_directory.join(name.file_name())
 }

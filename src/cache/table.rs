@@ -176,7 +176,7 @@ fn describe(state: &Freshness, outcome: Outcome) -> &'static str {
 
 /// "cached" for a picture; "3 clips: 1 cached, 2 reused" for a video; the frames where there is one clip.
 fn tally(entry: &ItemEntry) -> String {
-    let kind_is_video = entry.clips.iter().any(|c| c.frames > 1) || entry.clips.len() > 1;
+    let kind_is_video = entry.clips.iter().any(|c| c.span.frames > 1) || entry.clips.len() > 1;
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for clip in &entry.clips {
         *counts.entry(describe(&clip.state, clip.outcome)).or_default() += 1;
@@ -184,7 +184,7 @@ fn tally(entry: &ItemEntry) -> String {
     match (&entry.clips[..], kind_is_video) {
         ([], _) => "no clip".to_string(),
         ([one], false) => describe(&one.state, one.outcome).to_string(),
-        ([one], true) => format!("{} frames {}", one.frames, describe(&one.state, one.outcome)),
+        ([one], true) => format!("{} frames {}", one.span.frames, describe(&one.state, one.outcome)),
         (clips, _) => {
             let parts: Vec<String> = counts.iter().map(|(what, n)| format!("{n} {what}")).collect();
             format!("{} clips: {}", clips.len(), parts.join(", "))

@@ -1,7 +1,7 @@
 //! Makes the caption files a survey found wanting: every distinct caption is encoded once, whoever shares it.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{ensure, Context, Result};
@@ -138,7 +138,7 @@ fn groups(survey: &Survey) -> Vec<Group> {
 }
 
 /// Puts an embedding [tokens,width] into a caption file; what other programs have put there under other names stays.
-fn write_text(path: &PathBuf, caption: &str, context: &Tensor, recipe: impl Fn(Stamp) -> TextRecipe) -> Result<()> {
+fn write_text(path: &Path, caption: &str, context: &Tensor, recipe: impl Fn(Stamp) -> TextRecipe) -> Result<()> {
     let old = match format::read_tensors(path) {
         Ok((metadata, tensors)) if of_this_family(&metadata) => Some((metadata, tensors)),
         Ok(_) | Err(FormatError::Torn(_)) => None,

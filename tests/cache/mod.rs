@@ -1,0 +1,3 @@
+//! Cache files: their form, their recipes, and the run that makes them.
+
+mod files;
