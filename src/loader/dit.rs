@@ -227,13 +227,18 @@ impl DitTable {
         let matrix = key.ends_with(".weight") && source.shape(raw).is_some_and(|s| s.len() == 2);
         let quantisable = matrix && keys::is_quantisable(key);
 
+        let touched = options.merges.iter().any(|m| m.touches(key));
+        if quantisable && !touched && options.fp8 == Fp8::Scaled {
+            if let Some((q, scale)) = quantize_in_pieces(source, raw)? {
+                return Ok(Weight::Scaled { q: to(q)?, scale: to(scale)? });
+            }
+        }
         let base = if source.dtype(raw) == Some(Dtype::F8_E4M3) {
             let codes = Tensor::from_vec(source.bytes(raw)?, source.shape(raw).unwrap_or_default(), &Device::Cpu)?;
             let stored = match self.scales.get(key) {
                 Some(scale) => Some(scale_tensor(source, scale)?),
                 None => None,
             };
-            let touched = options.merges.iter().any(|m| m.touches(key));
             if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
                 return Ok(match (options.fp8, stored) {
                     (Fp8::Cast, None) => Weight::Cast(to(codes)?),
@@ -267,6 +272,38 @@ impl DitTable {
             _ => Ok(Weight::Dense(to(base)?)),
         }
     }
+}
+
+/// Quantises a matrix while reading it, some rows at a time: neither the tensor nor its fp32 copy is ever whole in
+/// memory. Scales take the file's dtype. `None` where the file's dtype does not allow it.
+fn quantize_in_pieces(source: &Source, raw: &str) -> Result<Option<(Tensor, Tensor)>> {
+    /// A few MB at a time: large enough to read fast, small enough to stay in the allocator's hands.
+    const PIECE: usize = 1 << 20;
+    let (Some([rows, width]), Some(dtype)) = (source.shape(raw), source.dtype(raw)) else {
+        return Ok(None);
+    };
+    let (oi, count) = ([*rows, *width], rows * width);
+    let dtype = match dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        _ => return Ok(None),
+    };
+    let group = fp8::Granularity::Block.group(oi);
+    if count == 0 {
+        return Ok(None);
+    }
+    let (mut codes, mut scales) = (vec![0u8; count], vec![0f32; count / group]);
+    let piece = (PIECE / group).max(1) * group;
+    let done = source.for_each_piece(raw, piece, &mut |first, values| {
+        let (codes, scales) = (&mut codes[first..first + values.len()], &mut scales[first / group..]);
+        Ok(fp8::quantize_rows(values, group, dtype, codes, &mut scales[..values.len() / group])?)
+    })?;
+    if !done {
+        return Ok(None);
+    }
+    let scale = Tensor::from_vec(scales, fp8::Granularity::Block.scale_shape(oi), &Device::Cpu)?.to_dtype(dtype)?;
+    Ok(Some((Tensor::from_vec(codes, &oi, &Device::Cpu)?, scale)))
 }
 
 /// fp32 values of e4m3 codes of any shape, times a scale of one number, one per row, or one per block of a row.

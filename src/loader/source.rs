@@ -10,7 +10,7 @@ use crate::error::UserError;
 use crate::fsio;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -264,6 +264,43 @@ impl Source {
             return self.read_place(key, &Place { shape, ..place.clone() })?.to_device(device).map_err(Into::into);
         }
         Ok(Tensor::cat(&picked, 0)?.to_device(device)?)
+    }
+
+    /// Gives a float tensor's values as fp32, `piece` elements at a time, through one small buffer: for whoever makes
+    /// something smaller of a large tensor. `f` gets the index of the first element and the values.
+    /// `Ok(false)` without a call where the tensor is no plain fp32, fp16 or bf16 one: then [`Self::read`] it.
+    pub fn for_each_piece(
+        &self,
+        key: &str,
+        piece: usize,
+        f: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<bool> {
+        let place = self.place(key)?;
+        if place.stride.is_some() || !matches!(place.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Ok(false);
+        }
+        let part = &self.parts[place.file];
+        let count = place.shape.iter().product::<usize>();
+        let (piece, width) = (piece.clamp(1, count.max(1)), place.dtype.bitsize() / 8);
+        let mut bits = vec![0u16; if width == 2 { piece } else { 0 }];
+        let mut values = vec![0f32; piece];
+        for first in (0..count).step_by(piece) {
+            let n = piece.min(count - first);
+            let at = place.start + (first * width) as u64;
+            let (bits, values) = (&mut bits[..if width == 2 { n } else { 0 }], &mut values[..n]);
+            match place.dtype {
+                Dtype::F32 => part.read_at(bytemuck::cast_slice_mut(values), at)?,
+                other => {
+                    part.read_at(bytemuck::cast_slice_mut(bits), at)?;
+                    match other {
+                        Dtype::F16 => bits.reinterpret_cast::<half::f16>().convert_to_f32_slice(values),
+                        _ => bits.reinterpret_cast::<half::bf16>().convert_to_f32_slice(values),
+                    }
+                }
+            }
+            f(first, values)?;
+        }
+        Ok(true)
     }
 
     /// A number stored as a tensor of one element, whatever its dtype; `None` where the key is absent.

@@ -1,5 +1,6 @@
 //! Checkpoint files of every form, whole and hostile.
 
+mod dit;
 mod hostile;
 mod merge;
 mod source;
