@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn control_buckets() {
-        assert_eq!(control_bucket((1920, 1080), (1024, 1024)), (1344, 768));
+        assert_eq!(control_bucket((1920, 1080), (1024, 1024)), (1360, 768));
         assert_eq!(control_bucket((512, 512), (1024, 1024)), (1024, 1024));
         assert!(is_usable(control_bucket((10_000, 3), (64, 64))));
     }

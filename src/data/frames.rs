@@ -23,7 +23,7 @@ pub fn floor_4n1(frames: usize) -> usize {
 
 /// Latent frames of a clip of `frames` = 4n+1 frames.
 pub fn latent_frames(frames: usize) -> usize {
-    (frames + 3) / 4
+    frames.div_ceil(4)
 }
 
 /// For each frame after resampling, the source frame it shows, for a source of constant rate.

@@ -117,6 +117,8 @@ pub struct Probe {
     pub frames: usize,
     /// Average frame rate, of a video file.
     pub fps: Option<f64>,
+    /// Length in seconds, of a video file of variable frame rate whose timestamps are used (`source_fps` given).
+    pub variable: Option<f64>,
 }
 
 /// One picture or video with its caption and controls.
@@ -164,11 +166,19 @@ pub struct Finding {
     pub why: String,
 }
 
-/// All items that can be used, and one finding (or more) for every file seen.
+impl Finding {
+    pub fn new(dataset: usize, path: impl Into<PathBuf>, verdict: Verdict, why: impl Into<String>) -> Self {
+        Self { dataset, path: path.into(), verdict, why: why.into() }
+    }
+}
+
+/// All items that can be used, and one finding for every file seen.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct ScanReport {
     pub items: Vec<Item>,
     pub findings: Vec<Finding>,
+    /// What can be done about the errors, each remedy once.
+    pub remedies: Vec<String>,
 }
 
 impl ScanReport {
@@ -178,11 +188,18 @@ impl ScanReport {
         if bad.is_empty() {
             return Ok(());
         }
-        let mut what = format!("{} of the dataset's files cannot be used:", bad.len());
+        let mut what = match bad.len() {
+            1 => "a file of the dataset cannot be used:".to_string(),
+            n => format!("{n} files of the dataset cannot be used:"),
+        };
         for f in &bad {
             what.push_str(&format!("\n  {}: {}", f.path.display(), f.why));
         }
-        Err(UserError::new(what).into())
+        let mut error = UserError::new(what);
+        if !self.remedies.is_empty() {
+            error = error.hint(self.remedies.join("; "));
+        }
+        Err(error.into())
     }
 }
 
