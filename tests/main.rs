@@ -5,3 +5,4 @@ mod golden_support;
 mod loader;
 mod report;
 mod train;
+mod tokenizer;
