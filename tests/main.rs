@@ -4,5 +4,5 @@ mod data;
 mod golden_support;
 mod loader;
 mod report;
-mod train;
 mod tokenizer;
+mod train;

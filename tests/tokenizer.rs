@@ -91,6 +91,9 @@ fn sentencepiece_models_segment_like_sentencepiece() {
             let prompt = text(&case[0]);
             assert_eq!(tokenizer.encode_raw(prompt).unwrap(), ids(&case[1]), "{name}: {prompt:?}");
         }
+        // Special tokens are cut out before segmentation, as transformers does; SentencePiece itself would put a space
+        // in front of the first.
+        assert_eq!(tokenizer.encode_raw("<extra_id_0>").unwrap(), [4]);
         for end in [10, model.len() / 2, model.len() - 1] {
             assert!(UmT5Tokenizer::from_spiece(&model[..end]).is_err(), "{name} cut at {end} was accepted");
         }

@@ -145,7 +145,7 @@ impl Umt5Config {
 
     /// Compares every shape of `source` with these sizes, before anything is read.
     pub fn check(&self, source: &dyn WeightSource) -> Result<()> {
-        if self.heads == 0 || self.dim_attn % self.heads != 0 {
+        if self.heads == 0 || !self.dim_attn.is_multiple_of(self.heads) {
             return Err(Error::Invalid {
                 model: MODEL,
                 what: format!("attention width {} does not split into {} heads", self.dim_attn, self.heads),
@@ -168,7 +168,7 @@ pub enum Storage {
     /// In the file's dtype, widened or narrowed to the compute dtype matrix by matrix when used.
     #[default]
     AsStored,
-    /// e4m3 with one scale per output row.
+    /// e4m3 with a scale for every 64 inputs of an output.
     Fp8,
     /// e4m3 by plain cast, without a scale, norms and embeddings rounded through e4m3 as well: what the old tool's
     /// `--fp8_t5` does.

@@ -1,47 +1,41 @@
 //! Weights of a layer as they are held, and the two operations that use them.
 
 use candle_core::{DType, Tensor, D};
+use wan_kernels::fp8;
 
 use super::{keys, Storage, Umt5Config, Umt5Options, WeightSource};
 use crate::Result;
 
-/// Largest finite e4m3fn number.
-const E4M3_MAX: f64 = 448.0;
-
 /// A bias-free linear.
-pub(super) struct Matrix {
-    /// `[o, i]`, in the file's dtype or e4m3.
-    w_oi: Tensor,
-    /// `[o, 1]` fp32, what an e4m3 row is multiplied by.
-    scale_o1: Option<Tensor>,
-    compute: DType,
+pub(super) enum Matrix {
+    /// `[o, i]` in the file's dtype.
+    Plain(Tensor),
+    Fp8(fp8::Weight),
 }
 
 impl Matrix {
     fn load(source: &dyn WeightSource, key: &str, options: &Umt5Options) -> Result<Self> {
         let w_oi = source.get(key)?;
-        let (w_oi, scale_o1) = match options.storage {
-            Storage::AsStored => (w_oi, None),
+        Ok(match options.storage {
+            Storage::AsStored => Matrix::Plain(w_oi.to_device(&options.device)?),
             Storage::Fp8 => {
-                let w_oi = w_oi.to_dtype(DType::F32)?;
-                // All-zero rows keep scale 1; the largest value of a row lands on the largest e4m3 code.
-                let largest_o1 = w_oi.abs()?.max_keepdim(1)?;
-                let scale_o1 = (largest_o1.eq(0f32)?.to_dtype(DType::F32)? + largest_o1 / E4M3_MAX)?;
-                (w_oi.broadcast_div(&scale_o1)?.to_dtype(DType::F8E4M3)?, Some(scale_o1))
+                let weight = fp8::Weight::quantize(&w_oi.to_dtype(options.compute)?, fp8::Granularity::Block)?;
+                Matrix::Fp8(weight.to_device(&options.device)?)
             }
-            Storage::Fp8Cast => (to_e4m3(&w_oi)?, None),
-        };
-        let scale_o1 = scale_o1.map(|s| s.to_device(&options.device)).transpose()?;
-        Ok(Matrix { w_oi: w_oi.to_device(&options.device)?, scale_o1, compute: options.compute })
+            Storage::Fp8Cast => {
+                let one = Tensor::ones((), options.compute, w_oi.device())?;
+                Matrix::Fp8(fp8::Weight::new(to_e4m3(&w_oi)?, one)?.to_device(&options.device)?)
+            }
+        })
     }
 
-    /// `x [.., i] -> [.., o]` in the compute dtype.
+    /// `x [.., i] -> [.., o]` in the dtype of `x`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (o, i) = self.w_oi.dims2()?;
-        let w_oi = match &self.scale_o1 {
-            Some(scale_o1) => self.w_oi.to_dtype(DType::F32)?.broadcast_mul(scale_o1)?.to_dtype(self.compute)?,
-            None => self.w_oi.to_dtype(self.compute)?,
+        let w_oi = match self {
+            Matrix::Plain(w_oi) => w_oi.to_dtype(x.dtype())?,
+            Matrix::Fp8(weight) => weight.dequantize()?.to_dtype(x.dtype())?,
         };
+        let (o, i) = w_oi.dims2()?;
         let mut dims = x.dims().to_vec();
         let rows = x.elem_count() / i;
         if let Some(last) = dims.last_mut() {
@@ -133,12 +127,18 @@ pub(super) fn bias_table(
 
 /// Rounds a tensor to e4m3 and back, unscaled.
 pub(super) fn through_e4m3(x: &Tensor) -> Result<Tensor> {
-    Ok(to_e4m3(x)?.to_dtype(x.dtype())?)
+    let rounded: Vec<f32> = codes(x)?.into_iter().map(fp8::codec::decode).collect();
+    Ok(Tensor::from_vec(rounded, x.dims(), x.device())?.to_dtype(x.dtype())?)
 }
 
-/// Plain cast to e4m3: what is too large for it becomes NaN, it does not saturate.
+/// Plain cast to e4m3 codes (U8): what is too large for it becomes NaN, it does not saturate.
 fn to_e4m3(x: &Tensor) -> Result<Tensor> {
-    let x32 = x.to_dtype(DType::F32)?;
-    let too_large = x32.abs()?.gt(464f32)?;
-    Ok(too_large.where_cond(&x32.ones_like()?.affine(f64::NAN, 0.0)?, &x32)?.to_dtype(DType::F8E4M3)?)
+    Ok(Tensor::from_vec(codes(x)?, x.dims(), x.device())?)
+}
+
+fn codes(x: &Tensor) -> Result<Vec<u8>> {
+    let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let mut codes = vec![0u8; values.len()];
+    fp8::codec::encode_slice(&values, &mut codes);
+    Ok(codes)
 }

@@ -58,10 +58,10 @@ pub fn build(model: &[u8]) -> Result<Tokenizer> {
     }
     let prefix = if model.add_dummy_prefix { PrependScheme::Always } else { PrependScheme::Never };
     let mut tokenizer = Tokenizer::new(unigram);
-    tokenizer.with_normalizer(Some(Sequence::new(normalizers)));
+    tokenizer.with_normalizer(Some(Sequence::new(normalizers))).map_err(|e| anyhow!("{e}"))?;
     // Not split into words: pieces may span several.
     tokenizer.with_pre_tokenizer(Some(Metaspace::new('\u{2581}', prefix, false)));
-    tokenizer.add_special_tokens(whole);
+    tokenizer.add_special_tokens(whole).map_err(|e| anyhow!("{e}"))?;
     Ok(tokenizer)
 }
 
