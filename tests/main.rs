@@ -1,4 +1,5 @@
 mod cache;
+mod checkpoint;
 mod config;
 mod data;
 mod golden_support;

@@ -3,10 +3,14 @@
 
 pub mod lora_file;
 pub mod lora_keys;
+pub mod lora_write;
+pub mod metadata;
 pub mod state;
 pub mod store;
 
 pub use lora_file::{LoraFile, LoraModule};
 pub use lora_keys::Form;
+pub use lora_write::{convert, save_dtype, write_lora, Convert, ModuleOut};
+pub use metadata::{Moment, RunFacts};
 pub use state::{Identity, Master, Position, TrainState};
 pub use store::{Names, Retention};

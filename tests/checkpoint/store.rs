@@ -1,0 +1,108 @@
+use super::state::sample;
+use crate::loader::user_error;
+use std::path::Path;
+use wan_train::checkpoint::store::{newest_checkpoint, require_file};
+use wan_train::checkpoint::{Names, Retention};
+
+fn left(dir: &Path) -> Vec<String> {
+    let mut v: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    v.sort();
+    v
+}
+
+#[test]
+fn names_are_the_old_ones() {
+    let n = Names::new("out", "cat");
+    let is = |p: std::path::PathBuf, want: &str| assert_eq!(p, Path::new("out").join(want));
+    is(n.epoch_file(5), "cat-000005.safetensors");
+    is(n.step_file(1200), "cat-step00001200.safetensors");
+    is(n.final_file(), "cat.safetensors");
+    is(n.epoch_state(5), "cat-000005-state");
+    is(n.step_state(1200), "cat-step00001200-state");
+    is(n.final_state(), "cat-state");
+}
+
+#[test]
+fn old_epochs_go_and_states_follow_their_own_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names::new(dir.path(), "cat");
+    let keep = Retention {
+        save_every_n_epochs: Some(5),
+        save_last_n_epochs: Some(2),
+        save_last_n_epochs_state: Some(1),
+        ..Default::default()
+    };
+    for epoch in [5, 10, 15, 20] {
+        std::fs::write(names.epoch_file(epoch), "lora").unwrap();
+        sample(epoch).save(&names.epoch_state(epoch)).unwrap();
+        keep.after_epoch(&names, epoch).unwrap();
+    }
+    assert_eq!(left(dir.path()), ["cat-000015.safetensors", "cat-000020-state", "cat-000020.safetensors"]);
+    assert!(Retention::default().after_epoch(&names, 20).unwrap().is_empty());
+    assert_eq!(names.latest_state().unwrap(), names.epoch_state(20));
+}
+
+#[test]
+fn steps_are_counted_in_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names::new(dir.path(), "cat");
+    let keep = Retention { save_every_n_steps: Some(100), save_last_n_steps: Some(250), ..Default::default() };
+    for step in (100..=600).step_by(100) {
+        std::fs::write(names.step_file(step), "lora").unwrap();
+        keep.after_step(&names, step).unwrap();
+    }
+    // At 600: 600 - 250 - 1 = 349, the checkpoint of step 300 goes.
+    assert_eq!(
+        left(dir.path()),
+        ["cat-step00000400.safetensors", "cat-step00000500.safetensors", "cat-step00000600.safetensors"]
+    );
+}
+
+#[test]
+fn a_directory_that_is_no_state_of_ours_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names::new(dir.path(), "cat");
+    std::fs::create_dir(names.epoch_state(1)).unwrap();
+    std::fs::write(names.epoch_state(1).join("notes.txt"), "mine").unwrap();
+    let keep = Retention { save_every_n_epochs: Some(1), save_last_n_epochs: Some(1), ..Default::default() };
+    assert!(keep.after_epoch(&names, 2).unwrap().is_empty());
+    assert!(names.epoch_state(1).join("notes.txt").exists());
+    assert_eq!(names.latest_state(), None);
+}
+
+#[test]
+fn the_latest_state_is_the_one_that_got_furthest_and_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names::new(dir.path(), "cat");
+    sample(20).save(&names.epoch_state(2)).unwrap();
+    sample(25).save(&names.step_state(25)).unwrap();
+    sample(90).save(&names.epoch_state(9)).unwrap();
+    std::fs::remove_file(names.epoch_state(9).join("COMPLETE")).unwrap();
+    sample(99).save(&Names::new(dir.path(), "catfish").final_state()).unwrap();
+    sample(99).save(&Names::new(dir.path(), "cat-two").final_state()).unwrap();
+    assert_eq!(names.latest_state().unwrap(), names.step_state(25));
+}
+
+#[test]
+fn the_newest_checkpoint_to_start_from() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(newest_checkpoint(&dir.path().join("none")).unwrap(), None);
+    assert_eq!(newest_checkpoint(dir.path()).unwrap(), None);
+    let put = |name: &str, age: u64| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, name).unwrap();
+        let when = std::time::SystemTime::now() - std::time::Duration::from_secs(age);
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(when).unwrap();
+        path
+    };
+    put("a.safetensors", 100);
+    let newest = put("b.safetensors", 10);
+    put("c.safetensors", 50);
+    put("notes.txt", 0);
+    put(".hidden.safetensors", 0);
+    assert_eq!(newest_checkpoint(dir.path()).unwrap(), Some(newest));
+    let err = user_error(require_file("--resume_from", &dir.path().join("typo.safetensors")));
+    assert!(err.contains("--resume_from") && err.contains("typo.safetensors does not exist"), "{err}");
+    require_file("--resume_from", &dir.path().join("a.safetensors")).unwrap();
+}
