@@ -198,8 +198,8 @@ fn entry(s: &Section<'_>, index: usize, line: usize, options: &DataOptions, note
     let resolution = s.size("resolution")?.unwrap_or(DEFAULT_RESOLUTION);
     let enable_bucket = s.flag("enable_bucket", false)?;
     // The old tool caches videos with buckets on, whatever the file says.
-    let fixed_size = !enable_bucket && !(options.musubi_compat && kind == Kind::Video);
-    if fixed_size && !bucket::is_usable(resolution) {
+    let any_size = enable_bucket || options.musubi_compat && kind == Kind::Video;
+    if !any_size && !bucket::is_usable(resolution) {
         let (w, h) = resolution;
         let near = (bucket::floor_step(w), bucket::floor_step(h));
         let line = s.field("resolution").map_or(line, |f| f.line);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use rayon::prelude::*;
@@ -100,7 +100,7 @@ pub fn check_media(config: &DatasetConfig, items: &[&Item]) -> Vec<Finding> {
     items.par_iter().filter_map(check).collect()
 }
 
-fn read_through(path: &PathBuf, entry: &Entry) -> Result<()> {
+fn read_through(path: &Path, entry: &Entry) -> Result<()> {
     if path.is_dir() {
         for picture in folder::frames(path, entry.musubi_compat)?.pictures {
             picture::read(&picture, false).map_err(|e| anyhow::anyhow!("{}: {e:#}", folder::name(&picture)))?;

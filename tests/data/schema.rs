@@ -198,3 +198,21 @@ fn compat_accepts_odd_resolutions_for_videos_which_it_buckets_anyway() {
     place.options.musubi_compat = true;
     assert_eq!(place.load(toml).unwrap().entries[0].selector().choose((1280, 720)), (848, 480));
 }
+
+/// The commented examples, as they are printed, load once their directories exist.
+#[test]
+fn the_examples_load() {
+    for name in ["wan22-dataset-config-local.toml", "wan21-dataset-config-local.toml"] {
+        let place = Place::new();
+        for dir in ["images", "videos-short", "videos-long"] {
+            std::fs::create_dir_all(place.path("local_training/datasets").join(dir)).unwrap();
+        }
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/datasets").join(name);
+        let config = place.load(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let kinds: Vec<Kind> = config.entries.iter().map(|e| e.kind).collect();
+        assert_eq!(kinds, [Kind::Image, Kind::Video, Kind::Video]);
+        assert!(config.entries.iter().all(|e| e.cache_directory.starts_with(place.dir.path())));
+        assert_eq!(config.entries[1].target_frames, [1, 25, 45]);
+        assert_eq!(config.notes, [String::new(); 0], "{name}");
+    }
+}
