@@ -296,7 +296,7 @@ fn source(s: &Section<'_>, kind: Kind, base: &mut Option<PathBuf>) -> Result<Sou
     };
     if let Some(written) = s.text(directory)? {
         let found = existing_directory(s, directory, &written)?;
-        *base = base_of(&written, &found);
+        *base = base_of(s.file, &written, &found);
         return Ok(Source::Directory(found));
     }
     let written = s.text(jsonl)?.unwrap_or_default();
@@ -304,7 +304,7 @@ fn source(s: &Section<'_>, kind: Kind, base: &mut Option<PathBuf>) -> Result<Sou
     let Some(found) = find(s.file, &written).filter(|p| p.is_file()) else {
         return Err(s.error(line, format!("`{jsonl}` {written} is not a file")).hint("correct the path").into());
     };
-    *base = base_of(&written, &found);
+    *base = base_of(s.file, &written, &found);
     Ok(Source::Jsonl(found))
 }
 
@@ -336,13 +336,9 @@ pub fn find(file: &Path, written: &str) -> Option<PathBuf> {
     (path.is_relative() && beside.exists()).then_some(beside)
 }
 
-/// What was put before `written` to get `found`, if anything.
-fn base_of(written: &str, found: &Path) -> Option<PathBuf> {
-    if found == Path::new(written) {
-        return None;
-    }
-    let depth = Path::new(written).components().count();
-    found.ancestors().nth(depth).map(Path::to_path_buf)
+/// Where `find` had to look for `written`, if not in the current directory.
+fn base_of(file: &Path, written: &str, found: &Path) -> Option<PathBuf> {
+    (found != Path::new(written)).then(|| file.parent().map(Path::to_path_buf))?
 }
 
 fn future_directory(s: &Section<'_>, written: &str, base: Option<&Path>) -> Result<PathBuf> {

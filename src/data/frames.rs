@@ -87,6 +87,11 @@ impl Cadence {
                 *index += 1;
                 copies
             }
+            // A frame without a time among others with one: shown once.
+            Cadence::Timed { next } if span.to.is_nan() => {
+                *next += 1;
+                1
+            }
             Cadence::Timed { next } => {
                 // A fiftieth of a slot: timestamps in milliseconds are off by up to half of one.
                 let end = (span.to * TARGET_FPS - 0.02).ceil().max(0.0) as usize;

@@ -247,6 +247,10 @@ fn from_jsonl(entry: &Entry, file: &Path) -> Result<Vec<Candidate>> {
             }
         }
         let wanted = if entry.kind == Kind::Image { entry.fp_1f_clean_indices.as_ref().map_or(1, Vec::len) } else { 1 };
+        let have = controls.len();
+        if have < wanted && (wanted > 1 || !controls.is_empty()) {
+            controls.push(Err(format!("{have} of {wanted} controls in line {number} of {}", file.display())));
+        }
         controls.truncate(wanted);
         found.push(Candidate {
             path: resolve(&written).unwrap_or_else(|| PathBuf::from(&written)),

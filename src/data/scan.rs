@@ -170,7 +170,7 @@ fn rate_note(probe: &Probe, entry: &Entry) -> Option<String> {
     let target = frames::TARGET_FPS;
     match (probe.fps, entry.source_fps) {
         _ if probe.variable.is_some() => Some("its frame rate varies: its timestamps decide".into()),
-        (Some(fps), None) if (fps / target - 1.0).abs() > 0.02 && entry.target_frames.last() > Some(&1) => {
+        (Some(fps), None) if (fps / target - 1.0).abs() > 0.02 && Cut::of(entry).longest() > 1 => {
             let (factor, fps) = (target / fps, (fps * 1000.0).round() / 1000.0);
             Some(format!(
                 "shown at 16 a second it moves {factor:.2} times as fast (source_fps = {fps:?} corrects that)"

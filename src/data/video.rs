@@ -42,6 +42,9 @@ mod ffmpeg {
     use crate::data::frames::Span;
     use crate::data::picture::turns;
 
+    /// 8K in either direction, and more than any training resolution.
+    const MOST_PIXELS: u64 = 8192 * 8192;
+
     fn open(path: &Path) -> Result<ff::format::context::Input> {
         static READY: OnceLock<bool> = OnceLock::new();
         let ready = *READY.get_or_init(|| {
@@ -105,6 +108,8 @@ mod ffmpeg {
         frames: usize,
         /// Seconds, of this stream.
         duration: Option<f64>,
+        /// The index of the file (MP4 and MOV have a complete one) knows one frame rate only.
+        even: bool,
     }
 
     impl Opened {
@@ -131,6 +136,9 @@ mod ffmpeg {
                 fps: positive(stream.avg_frame_rate()).or_else(|| positive(stream.rate())),
                 frames: usize::try_from(stream.frames()).unwrap_or(0),
                 duration: stream_duration(&stream, tick),
+                even: stream.frames() > 0
+                    && input.format().name().contains("mp4")
+                    && stream.avg_frame_rate() == stream.rate(),
                 decoder,
                 input,
             })
@@ -171,11 +179,12 @@ mod ffmpeg {
         }
     }
 
-    /// Size, frames and rate. `timing`: read all packets to tell an uneven frame rate and count exactly.
+    /// Size, frames and rate. `timing`: find out whether the frame rate is uneven, reading all packets if need be.
     pub fn probe(path: &Path, upright: bool, timing: bool) -> Result<Facts> {
         let mut opened = Opened::new(path, upright)?;
         let mut facts =
             Facts { size: opened.size()?, frames: opened.frames, fps: opened.fps, variable: None, notes: vec![] };
+        let timing = timing && !opened.even;
         if timing || facts.frames == 0 {
             let stamps = packet_times(&mut opened)?;
             facts.frames = stamps.count;
@@ -409,6 +418,10 @@ mod ffmpeg {
 
     fn scaler(key: &ScalerKey, tagged_colour: bool) -> Result<scaling::Context> {
         let ScalerKey(format, w, h, space, range) = *key;
+        // The safe wrapper does not notice when the RGB frame cannot be allocated.
+        if u64::from(w) * u64::from(h) > MOST_PIXELS {
+            bail!("{w}x{h} are too many pixels; scale the video down");
+        }
         let mut context = scaling::Context::get(format, w, h, Pixel::RGB24, w, h, scaling::Flags::BILINEAR)
             .map_err(|_| anyhow!("pixel format {format:?} cannot be converted to RGB"))?;
         let tagged = space != color::Space::Unspecified || range == color::Range::JPEG;

@@ -139,7 +139,8 @@ fn jsonl_lists() {
     assert_eq!(report.items[0].controls, [place.path("media/c.png")]);
     assert_eq!(report.items[1].controls, [place.path("media/c.png")]);
     let (_, report) = place.scan(&format!("{toml}fp_1f_clean_indices = [0, 1]\n"));
-    assert_eq!(report.items[1].controls, [place.path("media/c.png"), place.path("media/b.png")]);
+    assert_eq!(report.items[0].controls, [place.path("media/c.png"), place.path("media/b.png")]);
+    assert!(message(report.check()).contains("a.png: 1 of 2 controls in line 1 of "));
 
     let failing = |line: &str| {
         place.write("list.jsonl", format!("{{\"image_path\": \"media/a.png\", \"caption\": \"x\"}}\n{line}\n"));

@@ -2,7 +2,7 @@
 #![cfg(feature = "video")]
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use image::RgbImage;
 use wan_train::data::frames::resample;
@@ -156,6 +156,43 @@ fn extraction_modes_on_a_real_file() {
     assert_eq!(starts("frame_extraction = 'full'"), [(0, 37)]);
 }
 
+/// Nothing but the longest target's frames is alive while clips are handed out, however many clips there are.
+#[test]
+fn only_the_frames_of_the_longest_clip_are_held() {
+    for keys in [
+        "target_frames = [5, 9]\nframe_extraction = 'slide'",
+        "target_frames = [5, 9]\nframe_extraction = 'chunk'",
+        "target_frames = [9]\nframe_extraction = 'uniform'\nframe_sample = 12",
+    ] {
+        let (place, toml) = one_video("plain.mp4", keys);
+        let (config, report) = place.scan(&toml);
+        let mut seen: Vec<Weak<RgbImage>> = Vec::new();
+        let mut most = 0;
+        decode_video(&report.items[0], &config.entries[0], &mut |clip| {
+            seen.extend(clip.frames.iter().map(Arc::downgrade));
+            seen.retain(|w| w.strong_count() > 0);
+            seen.sort_by_key(|w| w.as_ptr());
+            seen.dedup_by_key(|w| w.as_ptr());
+            most = most.max(seen.len());
+            Ok(())
+        })
+        .unwrap();
+        assert!(0 < most && most <= 9, "{keys}: {most} frames were alive");
+    }
+}
+
+#[test]
+fn a_sink_that_fails_ends_the_decoding() {
+    let (place, toml) = one_video("plain.mp4", "target_frames = [5]\nframe_extraction = 'chunk'");
+    let (config, report) = place.scan(&toml);
+    let mut calls = 0;
+    let error = message(decode_video(&report.items[0], &config.entries[0], &mut |_| {
+        calls += 1;
+        anyhow::bail!("the disk is full")
+    }));
+    assert_eq!((calls, error.as_str()), (1, "the disk is full"));
+}
+
 #[test]
 fn source_fps_thins_and_repeats() {
     let (place, toml) = one_video("plain.mp4", "target_frames = [25]\nsource_fps = 25");
@@ -260,9 +297,11 @@ fn damaged_videos_are_found() {
     let whole = std::fs::read(media("plain.mp4")).unwrap();
     place.write("videos/cut.mp4", &whole[..whole.len() * 2 / 3]);
     place.write("videos/headless.mp4", &std::fs::read(media("clip.mov")).unwrap()[..700]);
+    let matroska = std::fs::read(media("vfr.mkv")).unwrap();
+    place.write("videos/cut2.mkv", &matroska[..matroska.len() * 3 / 4]);
     place.write("videos/empty.mp4", b"");
     place.write("videos/text.mp4", b"no video");
-    for name in ["cut", "headless", "empty", "text"] {
+    for name in ["cut", "cut2", "headless", "empty", "text"] {
         place.write(&format!("videos/{name}.txt"), "x");
     }
     let toml = format!("[[datasets]]\nvideo_directory = '{}'\nresolution = [64, 48]\n", place.path("videos").display());
@@ -280,14 +319,53 @@ fn damaged_videos_are_found() {
     let (config, report) = place.scan(&toml);
     report.check().unwrap();
     let items: Vec<_> = report.items.iter().collect();
-    assert_eq!(items.iter().map(|i| i.stem.as_str()).collect::<Vec<_>>(), ["cut"]);
+    assert_eq!(items.iter().map(|i| i.stem.as_str()).collect::<Vec<_>>(), ["cut", "cut2"]);
     let bad = check_media(&config, &items);
-    assert_eq!(bad.len(), 1);
-    assert!(bad[0].why.contains("truncated"), "{}", bad[0].why);
+    assert_eq!(bad.len(), 2);
+    assert!(bad.iter().all(|f| f.why.contains("truncated")), "{bad:?}");
     // A head that lies before the damage is still read; the whole file is not.
     let full = toml.clone() + "frame_extraction = 'full'\n";
     let config = place.load(&full).unwrap();
     let items = scan(&config, &place.options).unwrap().items;
     let error = message(decode_video(&items[0], &config.entries[0], &mut |_| Ok(())));
     assert!(error.contains("cut.mp4"), "{error}");
+}
+
+/// Files with bytes changed at random end in frames or in an error, never in a crash or a hang.
+#[test]
+fn hostile_bytes_are_survived() {
+    let place = Place::new();
+    let mut state = 7u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    let (mut good, mut bad) = (0, 0);
+    for name in ["plain.mp4", "vfr.mkv", "odd.webm", "anim.gif", "clip.avi", "exif6.jpg", "plain.tiff", "plain.webp"] {
+        let whole = std::fs::read(media(name)).unwrap();
+        for round in 0..12 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + round * 2 {
+                let at = random(bytes.len());
+                bytes[at] = random(256) as u8;
+            }
+            let path = place.write(name, bytes);
+            let still = matches!(name.rsplit('.').next(), Some("jpg" | "tiff" | "webp"));
+            let result = match still {
+                true => wan_train::data::picture::read(&path, true).map(|_| ()),
+                false => video::read_through(&path).and_then(|()| {
+                    let mut reader = Reader::open(&path, true, true)?;
+                    while reader.advance()?.is_some() {
+                        reader.picture()?;
+                    }
+                    Ok(())
+                }),
+            };
+            match result {
+                Ok(()) => good += 1,
+                Err(_) => bad += 1,
+            }
+        }
+    }
+    assert!(good > 0 && bad > 0, "{good} read, {bad} refused");
 }
