@@ -52,6 +52,13 @@ impl Exec {
         }
     }
 
+    /// The same place, computing in another dtype: for the parts of a model that are never rounded.
+    pub fn with_compute(&self, compute: DType) -> Self {
+        match self {
+            Exec::Reference { device, .. } => Exec::Reference { device: device.clone(), compute },
+        }
+    }
+
     /// Checks the arguments at the op's one gate, then runs the path of this executor.
     pub fn run<O: Op>(&self, args: &O::Args<'_>) -> Result<O::Out> {
         O::check(args)?;

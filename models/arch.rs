@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -150,6 +151,15 @@ impl WanArch {
         Ok(self.grid(latent_fhw)?.iter().product())
     }
 
+    /// CLIP features that stand for "no image" (Fun Control driven by text alone): zeros, as that model was trained
+    /// with. `None` where the architecture takes no features.
+    pub fn blank_clip(&self, batch: usize, device: &Device) -> Result<Option<Tensor>> {
+        match self.clip {
+            Some(c) => Ok(Some(Tensor::zeros((batch * c.images, c.tokens, c.dim), DType::F32, device)?)),
+            None => Ok(None),
+        }
+    }
+
     /// The linears of one block, in the order in which the old tool creates its adapters.
     pub fn block_sites(&self, block: usize) -> Vec<Site> {
         let width = |w| match w {
@@ -198,11 +208,11 @@ impl WanArch {
         if self.patch.contains(&0) {
             return Err(self.invalid(format!("patch {:?} has a zero side", self.patch)));
         }
-        if self.dim % self.num_heads != 0 || self.head_dim() % 2 != 0 {
+        if !self.dim.is_multiple_of(self.num_heads) || !self.head_dim().is_multiple_of(2) {
             let (dim, heads) = (self.dim, self.num_heads);
             return Err(self.invalid(format!("dim {dim} does not make {heads} heads of even width")));
         }
-        if self.freq_dim % 2 != 0 {
+        if !self.freq_dim.is_multiple_of(2) {
             return Err(self.invalid(format!("freq_dim {} is odd", self.freq_dim)));
         }
         if self.in_dim < self.out_dim {

@@ -5,6 +5,8 @@ pub mod adapter;
 pub mod arch;
 pub mod clip;
 pub mod error;
+#[cfg(test)]
+mod golden;
 pub mod keys;
 pub mod linear;
 pub mod umt5;

@@ -1,35 +1,54 @@
-//! A frozen linear and its adapter: forward and backward on one page. The base gets no gradient.
+//! A frozen linear and its adapter: forward and backward on one page. The base gets no gradient; adapters are looked
+//! up, never wrapped in, so a weight that is streamed in moves no trainable tensor.
 
 use candle_core::{DType, Tensor};
+use wan_kernels::fp8;
+use wan_kernels::gate_residual::{Residual, ResidualArgs};
+use wan_kernels::linear::{
+    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward,
+    LinearFp8BackwardArgs,
+};
+use wan_kernels::Exec;
 
+use crate::adapter::Active;
+use crate::wan::GradSink;
 use crate::{Error, Result};
 
-/// A weight matrix as it is stored. Nothing trains it.
+/// A weight as it is stored. Nothing trains it.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// `[o, i]` in any float dtype.
+    /// Any shape (a matrix is `[o, i]`), any float dtype.
     Dense(Tensor),
-    /// e4m3fn codes `[o, i]` (u8) with a scale per block `[o, i/block, 1]`, per row `[o, 1]` or for all `[]` / `[1]`.
-    /// The value is code x scale, rounded to the scale's dtype.
-    Scaled { q: Tensor, scale: Tensor },
-    /// e4m3fn codes `[o, i]` (u8) without a scale: the lossy cast of plain `--fp8_base` in compat mode.
-    Cast(Tensor),
+    /// A matrix of e4m3fn codes with scales by block, row or tensor; the value is code x scale rounded to the scale's
+    /// dtype.
+    Fp8(fp8::Weight),
 }
 
 impl Weight {
-    /// The shape of the matrix (codes and values have the same).
+    /// e4m3fn codes `[o, i]` (u8) and their scales, by block `[o, i/64, 1]`, by row `[o, 1]` or for all `[]`.
+    pub fn scaled(codes_oi: Tensor, scale: Tensor) -> Result<Self> {
+        Ok(Weight::Fp8(fp8::Weight::new(codes_oi, scale)?))
+    }
+
+    /// e4m3fn codes `[o, i]` (u8) without a scale: the lossy cast of the old tool's plain `--fp8_base`.
+    pub fn cast(codes_oi: Tensor) -> Result<Self> {
+        let one = Tensor::ones((), DType::F32, codes_oi.device())?;
+        Self::scaled(codes_oi, one)
+    }
+
+    /// The shape of the values (codes have the same).
     pub fn dims(&self) -> &[usize] {
         match self {
-            Weight::Dense(w) | Weight::Cast(w) | Weight::Scaled { q: w, .. } => w.dims(),
+            Weight::Dense(w) => w.dims(),
+            Weight::Fp8(w) => w.codes_oi().dims(),
         }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
         match self {
-            Weight::Dense(w) | Weight::Cast(w) => size(w),
-            Weight::Scaled { q, scale } => size(q) + size(scale),
+            Weight::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            Weight::Fp8(w) => w.bytes() as usize,
         }
     }
 }
@@ -43,29 +62,16 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// Checks shapes and dtypes once, so that nothing below has to.
+    /// Checks shapes and dtypes once, when the model is put together.
     pub fn new(weight: Weight, bias: Option<Tensor>) -> Result<Self> {
         let invalid = |what: String| Err(Error::Invalid { model: "linear", what });
         let [o, i] = *weight.dims() else {
             return invalid(format!("a weight of shape {:?} is no matrix", weight.dims()));
         };
-        match &weight {
-            Weight::Dense(w) if !w.dtype().is_float() => return invalid(format!("a dense weight of {:?}", w.dtype())),
-            Weight::Cast(q) | Weight::Scaled { q, .. } if q.dtype() != DType::U8 => {
-                return invalid(format!("fp8 codes of {:?}, expected u8", q.dtype()))
+        if let Weight::Dense(w) = &weight {
+            if !w.dtype().is_float() {
+                return invalid(format!("a dense weight [{o}, {i}] of {:?}", w.dtype()));
             }
-            Weight::Scaled { scale, .. } => {
-                let fits = match *scale.dims() {
-                    [] | [1] => true,
-                    [rows, 1] => rows == o,
-                    [rows, blocks, 1] => rows == o && blocks > 0 && i % blocks == 0,
-                    _ => false,
-                };
-                if !fits || !scale.dtype().is_float() {
-                    return invalid(format!("a {:?} scale {:?} for a [{o}, {i}] weight", scale.dtype(), scale.dims()));
-                }
-            }
-            _ => {}
         }
         if let Some(b) = &bias {
             if b.dims() != [o] || !b.dtype().is_float() {
@@ -82,4 +88,90 @@ impl Frozen {
     pub fn in_features(&self) -> usize {
         self.weight.dims()[1]
     }
+
+    /// `x` `[.., i]` -> `[.., o]` in `out`: the base alone.
+    pub fn forward(&self, exec: &Exec, x: &Tensor, out: DType) -> Result<Tensor> {
+        let bias_o = self.bias.as_ref();
+        Ok(match &self.weight {
+            Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, out })?,
+            Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, out })?,
+        })
+    }
+
+    /// `dy` `[.., o]` -> `dx` `[.., i]` in `out`.
+    pub fn backward(&self, exec: &Exec, dy: &Tensor, out: DType) -> Result<Tensor> {
+        Ok(match &self.weight {
+            Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, out })?,
+            Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, out })?,
+        })
+    }
+}
+
+/// What forward leaves for backward beside the input: the output, where a later step reads it, and a LoRA's low-rank
+/// activation.
+#[derive(Debug, Clone)]
+pub struct LinearOut {
+    /// `[B, L, o]` in the compute dtype.
+    pub y: Tensor,
+    /// `[B, L, r]`
+    pub h: Option<Tensor>,
+}
+
+/// One linear at work in one step: the lent weight and the adapter that stands beside it.
+pub struct Site<'a> {
+    pub exec: &'a Exec,
+    pub frozen: &'a Frozen,
+    pub adapter: Option<Active<'a>>,
+}
+
+impl Site<'_> {
+    /// `y = x Wᵀ + b + Δy`, all in the compute dtype.
+    pub fn forward(&self, x_bli: &Tensor) -> Result<LinearOut> {
+        let y = self.frozen.forward(self.exec, x_bli, self.exec.compute())?;
+        match &self.adapter {
+            None => Ok(LinearOut { y, h: None }),
+            Some(adapter) => {
+                let (delta, h) = adapter.forward(self.exec, x_bli)?;
+                Ok(LinearOut { y: add(self.exec, &y, &delta)?, h })
+            }
+        }
+    }
+
+    /// `dx` (`=`); the adapter's gradients go to the sink (`+=` there). `h` may be missing: it is then computed again.
+    pub fn backward(
+        &self,
+        x_bli: &Tensor,
+        h: Option<&Tensor>,
+        dy_blo: &Tensor,
+        sink: &mut dyn GradSink,
+    ) -> Result<Tensor> {
+        let share = match &self.adapter {
+            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, true, sink)?,
+            None => None,
+        };
+        let dx_bli = self.frozen.backward(self.exec, dy_blo, self.exec.compute())?;
+        match share {
+            Some(share) => add(self.exec, &dx_bli, &share),
+            None => Ok(dx_bli),
+        }
+    }
+
+    /// The adapter's gradients alone, where nothing below the input is trained.
+    pub fn backward_params(
+        &self,
+        x_bli: &Tensor,
+        h: Option<&Tensor>,
+        dy_blo: &Tensor,
+        sink: &mut dyn GradSink,
+    ) -> Result<()> {
+        if let Some(adapter) = &self.adapter {
+            adapter.backward(self.exec, x_bli, h, dy_blo, false, sink)?;
+        }
+        Ok(())
+    }
+}
+
+/// `a + b` in the compute dtype, summed in fp32.
+pub(crate) fn add(exec: &Exec, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(exec.run::<Residual>(&ResidualArgs { x: a, y: b, out: exec.compute() })?)
 }

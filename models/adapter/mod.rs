@@ -4,11 +4,17 @@
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::Tensor;
+use wan_kernels::Exec;
 
 use crate::{Error, Result};
 
+mod active;
+mod delta;
+mod lora;
 mod spec;
 
+pub use active::Active;
+pub use delta::WeightDelta;
 pub use spec::{factorization, AdapterSpec, Init, Kind, Layout, ParamSpec};
 
 /// The trainable parameters of one site as plain tensors: fp32 masters, or views of them in the compute dtype.
@@ -112,6 +118,14 @@ pub struct Dropout {
     pub neuron: Option<Tensor>,
     /// LoRA: factor on `down(x)`, `[B, 1, r]` (0 or 1/(1-p)). LoHa and LoKr: factor per output row of ΔW, `[o]`.
     pub rank: Option<Tensor>,
+}
+
+/// Where and how an adapter works in this step.
+pub struct At<'a> {
+    pub exec: &'a Exec,
+    /// Module name, for the gradient sink.
+    pub site: &'a str,
+    pub dropout: &'a Dropout,
 }
 
 /// Looks adapters up by module name (`blocks.0.self_attn.q`).

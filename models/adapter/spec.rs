@@ -93,11 +93,11 @@ impl AdapterSpec {
 /// 5120 -> (64, 80), 13824 -> (108, 128), 1536 -> (32, 48), 8960 -> (80, 112).
 pub fn factorization(width: usize, factor: i64) -> (usize, usize) {
     let limit = if factor > 0 { factor as usize } else { width };
-    if factor > 0 && width % limit == 0 {
+    if factor > 0 && width.is_multiple_of(limit) {
         let (a, b) = (limit, width / limit);
         return (a.min(b), a.max(b));
     }
-    let small = (1..=limit).take_while(|a| a * a <= width).filter(|a| width % a == 0).last().unwrap_or(1);
+    let small = (1..=limit).take_while(|a| a * a <= width).filter(|&a| width.is_multiple_of(a)).last().unwrap_or(1);
     (small, width / small)
 }
 

@@ -8,9 +8,18 @@ use candle_core::{DType, Tensor};
 
 use crate::{Error, Result};
 
+mod block;
 mod dit;
+mod embed;
+mod head;
 mod lend;
+mod pieces;
+mod probe;
 mod random;
+pub mod rope;
+mod saved;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 pub use dit::{Saved, WanModel};
@@ -173,7 +182,8 @@ pub struct WanInputs {
     pub context: Vec<Tensor>,
     /// Conditioning channels `[B, in_dim - C, F, H, W]`, concatenated after `x`.
     pub y: Option<Tensor>,
-    /// CLIP features `[B · images, tokens, clip_dim]`; where the architecture takes them and none are given, zeros.
+    /// CLIP features `[B · images, tokens, clip_dim]`, sample by sample (first frame, last frame). Fun Control without
+    /// an image takes blank ones: `WanArch::blank_clip`.
     pub clip_fea: Option<Tensor>,
     /// Rows of the frame axis' rotary table, one per latent frame; without it 0, 1, 2, ...
     pub f_indices: Option<Vec<usize>>,

@@ -230,7 +230,7 @@ impl DitTable {
         let touched = options.merges.iter().any(|m| m.touches(key));
         if quantisable && !touched && options.fp8 == Fp8::Scaled {
             if let Some((q, scale)) = quantize_in_pieces(source, raw)? {
-                return Ok(Weight::Scaled { q: to(q)?, scale: to(scale)? });
+                return Ok(Weight::scaled(to(q)?, to(scale)?)?);
             }
         }
         let base = if source.dtype(raw) == Some(Dtype::F8_E4M3) {
@@ -241,12 +241,10 @@ impl DitTable {
             };
             if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
                 return Ok(match (options.fp8, stored) {
-                    (Fp8::Cast, None) => Weight::Cast(to(codes)?),
+                    (Fp8::Cast, None) => Weight::cast(to(codes)?)?,
                     // Without a scale the codes are the values, which any 16-bit dtype holds exactly.
-                    (_, None) => {
-                        Weight::Scaled { q: to(codes)?, scale: to(Tensor::ones((), options.upcast, &Device::Cpu)?)? }
-                    }
-                    (_, Some(scale)) => Weight::Scaled { q: to(codes)?, scale: to(scale)? },
+                    (_, None) => Weight::scaled(to(codes)?, to(Tensor::ones((), options.upcast, &Device::Cpu)?)?)?,
+                    (_, Some(scale)) => Weight::scaled(to(codes)?, to(scale)?)?,
                 });
             }
             dequantize(&codes, stored)?.to_dtype(options.upcast)?
@@ -260,12 +258,12 @@ impl DitTable {
         match options.fp8 {
             Fp8::Scaled if quantisable => {
                 let q = fp8::Weight::quantize(&base, fp8::Granularity::Block)?;
-                Ok(Weight::Scaled { q: to(q.codes_oi().clone())?, scale: to(q.scale().clone())? })
+                Ok(Weight::scaled(to(q.codes_oi().clone())?, to(q.scale().clone())?)?)
             }
             Fp8::Cast => {
                 let codes = encode(&base)?;
                 match matrix {
-                    true => Ok(Weight::Cast(to(codes)?)),
+                    true => Ok(Weight::cast(to(codes)?)?),
                     false => Ok(Weight::Dense(to(dequantize(&codes, None)?.to_dtype(options.upcast)?)?)),
                 }
             }

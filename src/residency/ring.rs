@@ -214,8 +214,7 @@ fn copy_block(b: &BlockWeights) -> Result<BlockWeights> {
 fn copy_linear(l: &Frozen) -> Result<Frozen> {
     let weight = match &l.weight {
         Weight::Dense(w) => Weight::Dense(w.copy()?),
-        Weight::Scaled { q, scale } => Weight::Scaled { q: q.copy()?, scale: scale.copy()? },
-        Weight::Cast(q) => Weight::Cast(q.copy()?),
+        Weight::Fp8(w) => Weight::scaled(w.codes_oi().copy()?, w.scale().copy()?)?,
     };
     Frozen::new(weight, l.bias.as_ref().map(|b| b.copy()).transpose()?)
 }

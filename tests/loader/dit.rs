@@ -204,7 +204,8 @@ fn block_scaled_codes_are_the_recorded_ones() {
     let mut compared = 0;
     for (i, b) in blocks.iter().enumerate() {
         for (name, l) in linears(i, b) {
-            let Weight::Scaled { q, scale } = &l.weight else { panic!("{name} is not scaled") };
+            let Weight::Fp8(w) = &l.weight else { panic!("{name} is not scaled") };
+            let (q, scale) = (w.codes_oi(), w.scale());
             if let Some(codes) = want.get(&format!("q_u8.{name}")) {
                 assert_eq!(bytes(q), bytes(codes), "{name}");
                 assert_eq!(bytes(scale), bytes(&want[&format!("scale.{name}")]), "{name}");
@@ -275,7 +276,8 @@ fn scaled_fp8_files_are_used_exactly() {
             for (i, b) in blocks.iter().enumerate() {
                 for (name, l) in linears(i, b) {
                     let (want_codes, want_scale) = &values[&format!("{name}.weight")];
-                    let Weight::Scaled { q, scale } = &l.weight else { panic!("{name} is not scaled") };
+                    let Weight::Fp8(w) = &l.weight else { panic!("{name} is not scaled") };
+                    let (q, scale) = (w.codes_oi(), w.scale());
                     assert_eq!(&bytes(q), want_codes, "{name}");
                     assert_eq!(scale.to_scalar::<f32>().unwrap(), *want_scale, "{name}");
                 }
@@ -314,7 +316,8 @@ fn plain_fp8_files_keep_their_codes_and_widen_the_rest() {
     let path = dir.path().join("fp8.safetensors");
     write(&path, &cast);
     let (rest, blocks) = load(&path, &LoadOptions::new(&arch, "demo")).unwrap();
-    let Weight::Scaled { q, scale } = &blocks[2].ffn_2.weight else { panic!("not kept as codes") };
+    let Weight::Fp8(w) = &blocks[2].ffn_2.weight else { panic!("not kept as codes") };
+    let (q, scale) = (w.codes_oi(), w.scale());
     assert_eq!(bytes(q), bytes(&cast["blocks.2.ffn.2.weight"]));
     assert_eq!(scale.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap(), 1.0);
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -328,9 +331,10 @@ fn the_lossy_cast_of_compatibility_mode_touches_everything() {
     let (path, tensors, arch) = golden("01_dit_t2v_b");
     let options = LoadOptions { fp8: Fp8::Cast, ..LoadOptions::new(&arch, "demo") };
     let (rest, blocks) = load(&path, &options).unwrap();
-    let Weight::Cast(q) = &blocks[0].self_attn.q.weight else { panic!("not cast") };
-    assert_eq!(bytes(q), bytes(&codes(&tensors["blocks.0.self_attn.q.weight"], 1.0)));
-    assert!(matches!(rest.time_in.weight, Weight::Cast(_)));
+    let Weight::Fp8(w) = &blocks[0].self_attn.q.weight else { panic!("not cast") };
+    assert_eq!(w.scale().to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap(), 1.0);
+    assert_eq!(bytes(w.codes_oi()), bytes(&codes(&tensors["blocks.0.self_attn.q.weight"], 1.0)));
+    assert!(matches!(rest.time_in.weight, Weight::Fp8(_)));
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let norm = &tensors["blocks.0.norm3.weight"];
     assert_eq!(values(&blocks[0].norm3.weight), values(&codes(norm, 1.0)));
@@ -358,10 +362,8 @@ fn loras_are_merged_before_quantisation() {
     };
     for (a, b) in scaled(&path, merges()).iter().zip(scaled(&merged_path, vec![])) {
         for (x, y) in a.linears().iter().zip(b.linears()) {
-            let (Weight::Scaled { q, scale }, Weight::Scaled { q: q2, scale: s2 }) = (&x.weight, &y.weight) else {
-                panic!("not scaled")
-            };
-            assert_eq!((bytes(q), bytes(scale)), (bytes(q2), bytes(s2)));
+            let (Weight::Fp8(x), Weight::Fp8(y)) = (&x.weight, &y.weight) else { panic!("not scaled") };
+            assert_eq!((bytes(x.codes_oi()), bytes(x.scale())), (bytes(y.codes_oi()), bytes(y.scale())));
         }
     }
 
