@@ -4,6 +4,7 @@ mod config;
 mod data;
 mod golden_support;
 mod loader;
+mod program;
 mod report;
 mod tokenizer;
 mod train;

@@ -1,23 +1,31 @@
 //! One file per verb. This is the only place that wires the stages together.
 
+mod cache;
+mod demo;
+mod job;
+mod plan;
+mod run;
+mod save;
 mod show;
+mod text;
+mod train;
+mod watch;
+mod weights;
 
 use std::process::ExitCode;
 
 use crate::cli::Invocation;
 use crate::config::{self, Resolved, Typed};
+use job::Job;
 
 /// Runs a verb to its end.
 pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
     match invocation {
+        Invocation::Run(typed) => run::run(&Job::new(&typed)?),
+        Invocation::Cache { typed, what } => cache::run(&Job::new(&typed)?, what),
+        Invocation::Train(typed) => train::run(&Job::new(&typed)?),
+        Invocation::Plan(typed) => plan::run(&Job::new(&typed)?),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
-        Invocation::Run(typed)
-        | Invocation::Train(typed)
-        | Invocation::Plan(typed)
-        | Invocation::Cache { typed, .. } => {
-            let resolved = resolve(&typed)?;
-            anyhow::bail!("{} cannot train in this build", resolved.config.task)
-        }
         Invocation::Verify { .. } => anyhow::bail!("this build has no reference numbers"),
     }
 }

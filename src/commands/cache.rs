@@ -1,0 +1,191 @@
+//! `wan-train cache`: every latent, condition and caption that is missing or stale is made; one table says what became
+//! of each file.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use candle_core::{DType, Device};
+use wan_kernels::Exec;
+use wan_models::arch::{Role, VaeKind};
+use wan_models::clip::{ClipArch, ClipVision};
+use wan_models::vae::{Vae, VaeArch, VaeOptions};
+
+use super::job::{dtype, exec, Job};
+use super::text;
+use crate::cache::{cache_latents, cache_text};
+use crate::cache::{fingerprint, CacheOptions, CacheReport, LatentModels, Lazy, Survey};
+use crate::cli::CacheWhat;
+use crate::data::{DatasetConfig, ScanReport};
+use crate::error::UserError;
+use crate::loader::{clip_name, vae_name, Keyed};
+
+pub fn run(job: &Job, what: CacheWhat) -> anyhow::Result<ExitCode> {
+    job.catch_interrupts();
+    let mut prepared = Prepared::new(job, true)?;
+    prepared.make(job, what)?;
+    prepared.table(job);
+    prepared.scan.check()?;
+    if job.stopped() {
+        job.progress.say("stopped; run the same command again to go on");
+        return Ok(ExitCode::from(130));
+    }
+    if what == CacheWhat::Both {
+        prepared.survey.check()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A dataset, surveyed: what there is, what can be reused, what is to be made.
+pub struct Prepared {
+    pub scan: ScanReport,
+    pub survey: Survey,
+}
+
+impl Prepared {
+    /// Scans the dataset and compares every cache file with its recipe. Without `models` (training on caches that are
+    /// there already) missing model files are no error: then their fingerprints are not compared.
+    pub fn new(job: &Job, models: bool) -> anyhow::Result<Self> {
+        let (dataset, scan) = job.dataset()?;
+        let options = options(job, models)?;
+        let survey = Survey::take(&dataset, &scan.items, &options)?;
+        Ok(Self { scan, survey })
+    }
+
+    /// Loads what is needed for what is missing, uses it, drops it: the VAE first, then the text encoder.
+    pub fn make(&mut self, job: &Job, what: CacheWhat) -> anyhow::Result<()> {
+        if self.scan.check().is_err() {
+            return Ok(()); // the table comes first, then the error
+        }
+        let progress = job.progress.as_ref();
+        if what != CacheWhat::Text && self.survey.latents_to_make() > 0 {
+            let models = latent_models(job, &self.survey.options)?;
+            cache_latents(&mut self.survey, models, &vae_exec(job)?, progress, &job.stop)?;
+        }
+        if what != CacheWhat::Latents && self.survey.texts_to_make() > 0 && !job.stopped() {
+            let models = text::models(job, &self.survey.options)?;
+            cache_text(&mut self.survey, models, progress, &job.stop)?;
+        }
+        Ok(())
+    }
+
+    /// Each file used, dropped, why; with the totals.
+    pub fn table(&self, job: &Job) {
+        let report = CacheReport::of(&self.scan, &self.survey);
+        job.progress.say(&report.render());
+        job.progress.say(&report.totals());
+    }
+
+    pub fn dataset(&self) -> &DatasetConfig {
+        &self.survey.config
+    }
+}
+
+/// The VAE computes in fp32 except where the old trainer's numbers are wanted.
+fn vae_exec(job: &Job) -> anyhow::Result<Exec> {
+    exec(&job.config.device, DType::F32)
+}
+
+fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
+    let c = &job.config;
+    let (i2v, clip) = job.conditions();
+    let found = |option: &str, role: Role, path: Option<&std::path::PathBuf>| -> anyhow::Result<Option<String>> {
+        match job.model_file(option, role, path) {
+            Ok(path) => Ok(Some(fingerprint::of_weights(&[path])?)),
+            Err(_) if !models => Ok(None),
+            Err(e) => Err(e),
+        }
+    };
+    let vae_path = job.model_file("vae", Role::Vae, c.vae.as_ref());
+    let geometry = match &vae_path {
+        Ok(path) => (&vae_arch(job, &open_vae(path)?)?).into(),
+        Err(_) if !models => (&published_vae(job)).into(),
+        Err(_) => return Err(vae_path.unwrap_err()),
+    };
+    let text = text::fingerprints(job, models)?;
+    Ok(CacheOptions {
+        vae_dtype: dtype(&c.vae_dtype),
+        i2v,
+        i2v_images_as_t2v: c.i2v_images_as_t2v,
+        clip,
+        musubi_compat: c.musubi_compat,
+        recache: c.recache && models,
+        allow_bad_media: c.allow_bad_media,
+        vae: found("vae", Role::Vae, c.vae.as_ref())?,
+        clip_vision: if clip { found("clip", Role::Clip, c.clip.as_ref())? } else { None },
+        umt5: text.encoder,
+        tokenizer: text.tokenizer,
+        text_width: Some(job.model.arch.text_dim),
+        ..CacheOptions::new(geometry)
+    })
+}
+
+pub fn published_vae(job: &Job) -> VaeArch {
+    match job.model.vae.kind {
+        VaeKind::Wan21 => VaeArch::wan21(),
+        VaeKind::Wan22 => VaeArch::wan22(),
+    }
+}
+
+fn open_vae(path: &Path) -> anyhow::Result<Keyed> {
+    Keyed::open(path, "the VAE", vae_name)
+}
+
+/// The VAE's numbers from its tensors, checked against what the task needs.
+fn vae_arch(job: &Job, file: &Keyed) -> anyhow::Result<VaeArch> {
+    let refuse = |what: String| {
+        UserError::new(format!("{} cannot be used as the VAE: {what}", file.source().path().display()))
+            .hint(crate::hub::where_to_get(&job.model, Role::Vae))
+    };
+    let arch = VaeArch::infer(&|key| file.shape(key)).map_err(|e| refuse(e.to_string()))?;
+    if arch.z_dim != job.model.arch.out_dim {
+        return Err(refuse(format!(
+            "it makes latents of {} channels, and {} takes {}",
+            arch.z_dim, job.config.task, job.model.arch.out_dim
+        ))
+        .into());
+    }
+    Ok(arch)
+}
+
+fn latent_models<'a>(job: &'a Job, options: &CacheOptions) -> anyhow::Result<LatentModels<'a>> {
+    let c = &job.config;
+    let vae_path = job.model_file("vae", Role::Vae, c.vae.as_ref())?;
+    let vae = Lazy {
+        fingerprint: options.vae.clone().unwrap_or_default(),
+        load: Box::new(move || {
+            let file = open_vae(&vae_path)?;
+            let arch = vae_arch(job, &file)?;
+            let how = match c.musubi_compat {
+                true => VaeOptions::compat(dtype(&c.vae_dtype)),
+                false => VaeOptions::default(),
+            };
+            let exec = vae_exec(job)?;
+            let mut get = |key: &str| file.get(key, exec.device()).map_err(|e| unreadable("vae", &e));
+            Ok(Vae::load(arch, &exec, how.encoder_only(), &mut get)?)
+        }),
+    };
+    let clip = match options.clip {
+        false => None,
+        true => {
+            let path = job.model_file("clip", Role::Clip, c.clip.as_ref())?;
+            Some(Lazy {
+                fingerprint: options.clip_vision.clone().unwrap_or_default(),
+                load: Box::new(move || load_clip(&path)),
+            })
+        }
+    };
+    Ok(LatentModels { vae, clip })
+}
+
+fn load_clip(path: &Path) -> anyhow::Result<ClipVision> {
+    let file = Keyed::open(path, "the CLIP vision tower", clip_name)?;
+    let device = Device::Cpu;
+    let arch = ClipArch::infer(&|key| file.shape(key), None)?;
+    let mut get = |key: &str| file.try_get(key, &device).map_err(|e| unreadable("clip", &e));
+    Ok(ClipVision::load(arch, &device, DType::F32, &mut get)?)
+}
+
+/// Carries a loader's error through a model's getter.
+pub fn unreadable(model: &'static str, error: &anyhow::Error) -> wan_models::Error {
+    wan_models::Error::Invalid { model, what: format!("{error:#}") }
+}

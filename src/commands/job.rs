@@ -1,0 +1,178 @@
+//! What every working verb starts from: the resolved configuration, the model it names, where to compute, how to report.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use wan_kernels::Exec;
+use wan_models::arch::{ModelConfig, Role};
+
+use super::demo;
+use crate::config::{registry, Layer, Resolved, RunConfig, Typed};
+use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
+use crate::error::UserError;
+use crate::hub;
+use crate::report::{self, Progress};
+
+/// A resolved run and the services its stages share.
+pub struct Job {
+    pub config: RunConfig,
+    pub resolved: Resolved,
+    pub model: ModelConfig,
+    pub progress: Arc<dyn Progress>,
+    /// Raised by Ctrl-C: every stage looks at it at its next safe point.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Job {
+    /// Resolves what was typed. The demo's models and dataset are made on the fly, here.
+    pub fn new(typed: &Typed) -> anyhow::Result<Self> {
+        let resolved = super::resolve(typed)?;
+        let config = resolved.config.clone();
+        let text = registry::text(&format!("models/{}.toml", config.task))
+            .ok_or_else(|| UserError::usage(format!("task {} has no architecture file", config.task)))?;
+        let model = ModelConfig::from_toml(text)?;
+        let progress = report::for_stderr();
+        for note in &resolved.notes {
+            progress.say(&format!("note: {note}"));
+        }
+        let job = Self { config, resolved, model, progress, stop: Arc::default() };
+        if job.config.task == demo::TASK && !matches!(job.resolved.origin.get("dit"), Some(Layer::Flag)) {
+            demo::prepare(&job)?;
+        }
+        Ok(job)
+    }
+
+    /// From here on Ctrl-C (or a termination signal) asks for an orderly end; a second one ends at once.
+    pub fn catch_interrupts(&self) {
+        let stop = self.stop.clone();
+        // Fails only where a handler is installed already: then that one stays.
+        let _ = ctrlc::set_handler(move || {
+            if stop.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping at the next safe point; press Ctrl-C again to stop at once");
+        });
+    }
+
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Where the DiT computes, and in which dtype its linears and attention do.
+    pub fn exec(&self) -> anyhow::Result<Exec> {
+        let compute = match self.config.mixed_precision.as_str() {
+            "fp16" => DType::F16,
+            "bf16" => DType::BF16,
+            _ => DType::F32,
+        };
+        exec(&self.config.device, compute)
+    }
+
+    /// The dataset file as it is found: as typed, else in the base directory, where `setup` puts it.
+    pub fn dataset_path(&self) -> anyhow::Result<PathBuf> {
+        let Some(path) = &self.config.dataset_config else {
+            return Err(UserError::usage("no dataset is given")
+                .hint("add --dataset_config FILE; `wan-train show datasets/wan22-dataset-config-local.toml` is an example")
+                .into());
+        };
+        let in_base = self.config.base_dir.join(path);
+        match (path.exists(), path.is_relative() && in_base.exists()) {
+            (true, _) => Ok(path.clone()),
+            (_, true) => Ok(in_base),
+            _ => Err(UserError::new(format!("the dataset file {} does not exist", path.display()))
+                .hint(format!(
+                    "write one (`wan-train show datasets/wan22-dataset-config-local.toml > {}` is a start), or give another with --dataset_config",
+                    path.display()
+                ))
+                .into()),
+        }
+    }
+
+    pub fn data_options(&self) -> DataOptions {
+        DataOptions {
+            musubi_compat: self.config.musubi_compat,
+            allow_missing_captions: self.config.allow_missing_captions,
+            allow_bad_media: self.config.allow_bad_media,
+        }
+    }
+
+    /// Reads the dataset file and lists every medium it names.
+    pub fn dataset(&self) -> anyhow::Result<(DatasetConfig, ScanReport)> {
+        let options = self.data_options();
+        let dataset = DatasetConfig::load(&self.dataset_path()?, &options)?;
+        for note in &dataset.notes {
+            self.progress.say(&format!("note: {note}"));
+        }
+        let scan = data::scan(&dataset, &options)?;
+        Ok((dataset, scan))
+    }
+
+    /// The path of a model file that a stage needs, checked to exist. The error names what to download.
+    pub fn model_file(&self, option: &str, role: Role, path: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
+        let Some(path) = path else {
+            return Err(UserError::usage(format!("--{option} is not given, and task {} needs it", self.config.task))
+                .hint(hub::where_to_get(&self.model, role))
+                .into());
+        };
+        if path.is_file() {
+            return Ok(path.clone());
+        }
+        // The official .pth files are often kept as .safetensors of the same stem.
+        let twin = path.with_extension("safetensors");
+        if twin.is_file() {
+            return Ok(twin);
+        }
+        let what = match path.is_dir() {
+            true => format!("--{option} {} is a directory, not a model file", path.display()),
+            false => format!("the model file {} (--{option}) does not exist", path.display()),
+        };
+        Err(UserError::new(what).hint(hub::where_to_get(&self.model, role)).into())
+    }
+
+    /// The DiT's role in the hub manifest: one of the two experts, or the only model.
+    pub fn dit_role(&self) -> Role {
+        match self.config.noise_level.as_deref() {
+            Some("high") => Role::DitHigh,
+            Some("low") => Role::DitLow,
+            _ if self.model.experts.is_some() => Role::DitLow,
+            _ => Role::Dit,
+        }
+    }
+
+    /// The Lightning LoRA that belongs to the chosen expert.
+    pub fn model_lightning(&self) -> Option<Role> {
+        match self.config.noise_level.as_deref() {
+            Some("high") => Some(Role::LightningHigh),
+            Some("low") => Some(Role::LightningLow),
+            _ => None,
+        }
+    }
+
+    /// Whether latents need a first-frame condition, and CLIP features.
+    pub fn conditions(&self) -> (bool, bool) {
+        use wan_models::arch::Conditioning::{ControlFirstFrame, FirstFrame, FirstLastFrame};
+        let first = matches!(self.model.conditioning, FirstFrame | FirstLastFrame | ControlFirstFrame);
+        (first, first && self.model.arch.clip.is_some())
+    }
+}
+
+/// Where to compute, by name; `auto` takes CUDA when build and machine have it.
+pub fn exec(device: &str, compute: DType) -> anyhow::Result<Exec> {
+    match device {
+        "cuda" => Err(UserError::new("this build computes on the CPU only")
+            .hint("build with `make cuda`, or leave --device out")
+            .into()),
+        _ => Ok(Exec::Reference { device: Device::Cpu, compute }),
+    }
+}
+
+/// Dtype by the names the old trainer takes.
+pub fn dtype(name: &str) -> DType {
+    match name {
+        "fp16" | "float16" => DType::F16,
+        "bf16" | "bfloat16" => DType::BF16,
+        _ => DType::F32,
+    }
+}

@@ -1,0 +1,130 @@
+//! The text encoder and its tokenizer, as caching wants them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use wan_models::arch::Role;
+use wan_models::umt5::{official_key, Storage, Umt5, Umt5Config, Umt5Options, WeightSource};
+
+use super::cache::unreadable;
+use super::job::Job;
+use crate::cache::{fingerprint, CacheOptions, CaptionTokens, Lazy, TextEncoder, TextModels};
+use crate::error::UserError;
+use crate::loader::Keyed;
+use crate::plan::available_ram;
+use crate::tokenizer::{for_text_encoder, UmT5Tokenizer};
+
+/// Prompts encoded together: a streamed encoder reads its weights once for each such batch.
+const BATCH: usize = 16;
+
+/// What tells one encoder and one tokenizer from another; `None` where the file is not at hand.
+pub struct Fingerprints {
+    pub encoder: Option<String>,
+    pub tokenizer: Option<String>,
+}
+
+pub fn fingerprints(job: &Job, models: bool) -> anyhow::Result<Fingerprints> {
+    let path = match job.model_file("t5", Role::T5, job.config.t5.as_ref()) {
+        Ok(path) => path,
+        Err(_) if !models => return Ok(Fingerprints { encoder: None, tokenizer: None }),
+        Err(e) => return Err(e),
+    };
+    let found = for_text_encoder(Some(&path), None)?;
+    if let Some(warning) = &found.warning {
+        job.progress.say(&format!("warning: {warning}"));
+    }
+    let encoder = fingerprint::of_weights(std::slice::from_ref(&path))?;
+    Ok(Fingerprints { encoder: Some(encoder), tokenizer: Some(tokenizer_fingerprint(found.path.as_deref())?) })
+}
+
+fn tokenizer_fingerprint(path: Option<&Path>) -> anyhow::Result<String> {
+    Ok(match path {
+        Some(path) => fingerprint::of_weights(&[path.to_path_buf()])?,
+        None => "embedded".into(),
+    })
+}
+
+/// The models that caption embeddings are made with; the encoder is loaded when the first caption needs it.
+pub fn models<'a>(job: &'a Job, options: &CacheOptions) -> anyhow::Result<TextModels<'a>> {
+    let path = job.model_file("t5", Role::T5, job.config.t5.as_ref())?;
+    Ok(TextModels {
+        encoder: Lazy {
+            fingerprint: options.umt5.clone().unwrap_or_default(),
+            load: Box::new(move || Ok(Box::new(Encoder::load(job, &path)?) as Box<dyn TextEncoder>)),
+        },
+        tokenizer_fingerprint: options.tokenizer.clone().unwrap_or_default(),
+        batch: BATCH,
+    })
+}
+
+struct Encoder {
+    tokenizer: Arc<UmT5Tokenizer>,
+    model: Umt5,
+}
+
+impl Encoder {
+    fn load(job: &Job, path: &PathBuf) -> anyhow::Result<Self> {
+        let file = Keyed::open(path, "the text encoder", official_key)?;
+        let bytes = file.source().total_bytes();
+        let source = FileSource(file);
+        let config = Umt5Config::from_shapes(&source)?;
+        if config.dim != job.model.arch.text_dim {
+            return Err(UserError::new(format!(
+                "{} cannot be used as the text encoder: its embeddings are {} wide, and {} reads {}",
+                path.display(),
+                config.dim,
+                job.config.task,
+                job.model.arch.text_dim
+            ))
+            .hint(crate::hub::where_to_get(&job.model, Role::T5))
+            .into());
+        }
+        let storage = match (job.config.fp8_t5, job.config.musubi_compat) {
+            (false, _) => Storage::AsStored,
+            (true, false) => Storage::Fp8,
+            (true, true) => Storage::Fp8Cast,
+        };
+        // Half of what is free: the page cache and the caches being written want some too.
+        let streamed = available_ram().is_some_and(|free| bytes > free / 2);
+        if streamed {
+            job.progress.say("the text encoder does not fit in memory: its layers are read as they are needed");
+        }
+        let compute = if job.config.musubi_compat { DType::BF16 } else { DType::F32 };
+        let options = Umt5Options { device: Device::Cpu, compute, storage, streamed };
+        Ok(Self {
+            tokenizer: for_text_encoder(Some(path), None)?.tokenizer,
+            model: Umt5::with_config(config, Box::new(source), options)?,
+        })
+    }
+}
+
+impl TextEncoder for Encoder {
+    fn tokenize(&self, caption: &str) -> anyhow::Result<CaptionTokens> {
+        let encoded = self.tokenizer.encode(caption)?;
+        let full = encoded.truncated_from.unwrap_or(encoded.ids.len());
+        Ok(CaptionTokens { ids: encoded.ids, full })
+    }
+
+    fn encode(&self, captions: &[Vec<u32>]) -> anyhow::Result<Vec<Tensor>> {
+        Ok(self.model.contexts(captions)?)
+    }
+}
+
+/// A checkpoint as umT5 asks for it.
+struct FileSource(Keyed);
+
+impl WeightSource for FileSource {
+    fn get(&self, key: &str) -> wan_models::Result<Tensor> {
+        self.0.get(key, &Device::Cpu).map_err(|e| unreadable("umT5", &e))
+    }
+
+    fn shape(&self, key: &str) -> Option<Vec<usize>> {
+        self.0.shape(key)
+    }
+
+    fn rows(&self, key: &str, ids: &Tensor) -> wan_models::Result<Tensor> {
+        let rows = ids.flatten_all()?.to_vec1::<u32>()?;
+        self.0.rows(key, &rows, &Device::Cpu).map_err(|e| unreadable("umT5", &e))
+    }
+}

@@ -1,0 +1,75 @@
+//! The DiT's weights: opened and checked by their header first, then loaded with LoRAs merged and quantised as asked.
+
+use std::path::Path;
+
+use candle_core::DType;
+use wan_models::wan::{BlockWeights, WanWeights};
+
+use super::job::Job;
+use crate::checkpoint::LoraFile;
+use crate::config::{Layer, RunConfig};
+use crate::error::UserError;
+use crate::hub;
+use crate::loader::{check_precision, load_dit, DitTable, Fp8, LoadOptions, LoraMerge, Source};
+use crate::report::Work;
+
+/// Opens the DiT and holds it against the task: a wrong file is found here, before anything is read.
+pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
+    let path = job.model_file("dit", job.dit_role(), job.config.dit.as_ref())?;
+    let source = Source::open(&path)?;
+    DitTable::new(&source, &job.model.arch, &job.config.task)?;
+    if let Some(note) = check_precision(&source, &job.config.mixed_precision, job.config.musubi_compat)? {
+        job.progress.say(&format!("note: {note}"));
+    }
+    source.notes().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
+    Ok(source)
+}
+
+/// Reads the weights tensor by tensor.
+pub fn load(job: &Job, config: &RunConfig, source: &Source) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
+    let options = LoadOptions {
+        fp8: match (config.fp8_scaled, config.fp8_base) {
+            (true, _) => Fp8::Scaled,
+            (false, true) if config.musubi_compat => Fp8::Cast,
+            (false, true) => Fp8::Scaled,
+            (false, false) => Fp8::Keep,
+        },
+        merges: merges(job, config)?,
+        upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
+        ..LoadOptions::new(&job.model.arch, &config.task)
+    };
+    const MB: u64 = 1 << 20;
+    let total = source.total_bytes().div_ceil(MB);
+    let mut task = job.progress.begin(Work { what: "loading the DiT", unit: "MB", start: 0, total });
+    let mut shown = 0;
+    let weights = load_dit(source, &options, &mut |progress| {
+        let done = (progress.done / MB).min(total);
+        task.advance(done.saturating_sub(shown), "");
+        shown = done.max(shown);
+    })?;
+    task.advance(total.saturating_sub(shown), "");
+    Ok(weights)
+}
+
+fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
+    let from_template = matches!(job.resolved.origin.get("base_weights"), Some(Layer::Template(_)));
+    let mut merges = Vec::new();
+    for (i, file) in config.base_weights.iter().enumerate() {
+        let path = Path::new(file);
+        if !path.is_file() {
+            let error = UserError::new(format!("the LoRA {file} (--base_weights) does not exist"));
+            return Err(match (from_template, job.model_lightning()) {
+                (true, Some(role)) => error.hint(format!(
+                    "{}, or train on the plain weights with --skip_lightning",
+                    hub::where_to_get(&job.model, role)
+                )),
+                _ => error.hint("check the path"),
+            }
+            .into());
+        }
+        let strength = config.base_weights_multiplier.get(i).map_or(Ok(1.0), |w| w.parse())?;
+        job.progress.say(&format!("merging {file} at strength {strength} while loading"));
+        merges.push(LoraMerge { file: LoraFile::open(path)?, strength });
+    }
+    Ok(merges)
+}

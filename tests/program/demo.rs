@@ -1,0 +1,99 @@
+//! From pictures and a clip to a LoRA, a log and a curve.
+
+use std::collections::BTreeMap;
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use super::{text, Bench};
+
+#[test]
+fn the_demo_trains_and_leaves_what_it_says() {
+    let bench = Bench::new();
+    let out = bench.run("", &["--epochs", "6", "--save_every", "3"]);
+    let said = text(&out);
+    assert!(out.status.success(), "{said}");
+
+    let loras = bench.outputs(".safetensors");
+    assert_eq!(loras.len(), 2, "{loras:?}\n{said}");
+    let last = loras.iter().find(|p| !p.to_string_lossy().contains("-000003.")).unwrap();
+    assert!(said.contains(last.file_name().unwrap().to_str().unwrap()), "{said}");
+    let bytes = std::fs::read(last).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    // ComfyUI's rule: diffusion_model.<module>.lora_A.weight, lora_B.weight, alpha, for every module.
+    let mut parts: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for name in tensors.names() {
+        let rest = name.strip_prefix("diffusion_model.").unwrap_or_else(|| panic!("{name}"));
+        let (module, part) =
+            ["lora_A.weight", "lora_B.weight", "alpha"].iter().find_map(|p| Some((rest.strip_suffix(p)?, *p))).unwrap();
+        parts.entry(module.to_owned()).or_default().push(part);
+    }
+    assert_eq!(parts.len(), 3 * 10, "ten linears in each of three blocks");
+    assert!(parts.values().all(|p| p.len() == 3), "{parts:?}");
+    let metadata = header.metadata().as_ref().unwrap();
+    assert_eq!(metadata["ss_network_dim"], "16");
+    assert_eq!(metadata["ss_steps"], "48");
+    assert!(metadata.contains_key("sshs_model_hash") && metadata.contains_key("modelspec.date"));
+
+    let log = bench.outputs(".jsonl");
+    let lines: Vec<Value> =
+        std::fs::read_to_string(&log[0]).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 48);
+    let mean =
+        |lines: &[Value]| lines.iter().map(|l| l["loss/current"].as_f64().unwrap()).sum::<f64>() / lines.len() as f64;
+    let (first, final_) = (mean(&lines[..8]), mean(&lines[40..]));
+    assert!(final_ < 0.9 * first, "the loss went from {first} to {final_}");
+
+    let curve = image::open(&bench.outputs("-loss.png")[0]).unwrap().to_rgb8();
+    let colours: std::collections::BTreeSet<_> = curve.pixels().map(|p| p.0).collect();
+    assert!(curve.width() >= 320 && colours.len() > 3, "a drawn picture");
+    assert_eq!(
+        super::find(&bench.path("base/outputs"), "")
+            .iter()
+            .filter(|p| p.to_string_lossy().contains("tfevents"))
+            .count(),
+        1
+    );
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes() {
+    let run = || {
+        let bench = Bench::new();
+        let out = bench.run("", &["--epochs", "1", "--no_metadata", "--logging_dir", "log"]);
+        assert!(out.status.success(), "{}", text(&out));
+        let bytes = std::fs::read(&bench.outputs(".safetensors")[0]).unwrap();
+        SafeTensors::deserialize(&bytes)
+            .unwrap()
+            .tensors()
+            .into_iter()
+            .map(|(name, t)| (name, t.data().to_vec()))
+            .collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn caches_are_reused_and_a_changed_caption_is_encoded_again() {
+    let bench = Bench::new();
+    let first = text(&bench.run("cache", &[]));
+    assert!(first.contains("reused"), "{first}");
+    std::fs::write(bench.path("base/datasets/demo/images/coffee.txt"), "A cup of tea.").unwrap();
+    let second = text(&bench.run("cache", &[]));
+    assert!(second.contains("coffee") && second.contains("caption"), "{second}");
+    let third = bench.run("train", &["--epochs", "1"]);
+    assert!(third.status.success(), "{}", text(&third));
+}
+
+#[test]
+fn plan_prints_a_table_and_train_does_not_need_the_encoders() {
+    let bench = Bench::new();
+    let plan = bench.run("plan", &[]);
+    assert!(plan.status.success() && text(&plan).contains("total"), "{}", text(&plan));
+    std::fs::remove_file(bench.path("base/models/demo_umt5.safetensors")).unwrap();
+    // The demo makes its models anew when they are missing, so the paths are given by hand.
+    let out = bench
+        .run("train", &["--epochs", "1", "--dit", "base/models/demo_dit.safetensors", "--t5", "none", "--vae", "none"]);
+    assert!(out.status.success(), "{}", text(&out));
+}
