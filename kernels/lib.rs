@@ -9,6 +9,7 @@ use candle_core::{DType, Device};
 pub mod adamw;
 pub mod adamw8bit;
 pub mod attention;
+pub mod conv3d;
 pub mod error;
 pub mod flow;
 pub mod fp8;
