@@ -15,6 +15,7 @@ pub mod flow;
 pub mod fp8;
 pub mod gate_residual;
 pub mod gelu;
+pub mod heap;
 pub mod linear;
 pub mod norm;
 pub mod patchify;

@@ -6,6 +6,7 @@ use wan_train::error::UserError;
 use wan_train::{cli, commands};
 
 fn main() -> ExitCode {
+    wan_kernels::heap::map_large_buffers();
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => {

@@ -7,10 +7,11 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::cell::RefCell;
 
-/// Output channels of a tile. With two 8-wide vectors a channel, 6 x 2 sums, 2 inputs and 1 weight fill the sixteen
-/// registers of AVX2.
-const OB: usize = 6;
+/// Output channels of a tile. With two 8-wide vectors a channel, 4 x 2 independent sums just cover the latency of the two
+/// multiply-adders, and 4 divides the channel counts there are (6 left a third of the work unused at 8 channels).
+const OB: usize = 4;
 /// Output columns of a tile.
 const XB: usize = 16;
 /// Elements of gathered input for one band: about the second-level cache of a core.
@@ -20,6 +21,8 @@ const GATHER: usize = 512 << 10;
 pub(super) trait Element: WithDType + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(x: f32) -> Self;
+    /// Zeros by the type's constant: memory that the system gives zeroed is not written again.
+    fn zeros(n: usize) -> Vec<Self>;
 }
 
 impl Element for f32 {
@@ -28,6 +31,9 @@ impl Element for f32 {
     }
     fn narrow(x: f32) -> Self {
         x
+    }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![0.0; n]
     }
 }
 
@@ -38,6 +44,9 @@ impl Element for bf16 {
     fn narrow(x: f32) -> Self {
         bf16::from_f32(x)
     }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![bf16::ZERO; n]
+    }
 }
 
 impl Element for f16 {
@@ -46,6 +55,9 @@ impl Element for f16 {
     }
     fn narrow(x: f32) -> Self {
         f16::from_f32(x)
+    }
+    fn zeros(n: usize) -> Vec<Self> {
+        vec![f16::ZERO; n]
     }
 }
 
@@ -97,6 +109,11 @@ fn pack_weight(w: &[f32], s: Sizes) -> Vec<f32> {
     packed
 }
 
+thread_local! {
+    /// The gathered rows of one band; a few MiB that each worker keeps.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 struct Job {
     s: Sizes,
     stride: [usize; 3],
@@ -121,11 +138,13 @@ fn run<E: Element>(job: &Job, x: &Tensor, past: &[Tensor]) -> Result<Tensor> {
     let x_all = slices.pop().unwrap_or_default();
     let plan = Plan::new(job);
     let bands = s.y_out.div_ceil(plan.rows);
-    let mut out = vec![E::narrow(0.0); s.b * s.o * s.f_out * s.y_out * s.x_out];
+    let len = s.b * s.o * s.f_out * s.y_out * s.x_out;
+    let mut out: Vec<E> = Vec::with_capacity(len);
     let sink = Sink(out.as_mut_ptr());
-    (0..s.b * s.f_out * bands).into_par_iter().for_each_init(
-        || vec![0f32; plan.scratch],
-        |scratch, task| {
+    (0..s.b * s.f_out * bands).into_par_iter().for_each(|task| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            // What a band reads it has gathered before: nothing needs clearing.
+            scratch.resize(plan.scratch.max(scratch.len()), 0.0);
             let (band, bf) = (task % bands, task / bands);
             let (f, b) = (bf % s.f_out, bf / s.f_out);
             let y0 = band * plan.rows;
@@ -156,16 +175,16 @@ fn run<E: Element>(job: &Job, x: &Tensor, past: &[Tensor]) -> Result<Tensor> {
                         let columns = XB.min(s.x_out - x);
                         for (j, sum) in sums.iter().enumerate().take(channels) {
                             let o = ob * OB + j;
-                            for (k, &v) in sum.iter().enumerate().take(columns) {
-                                // SAFETY: each (b, o, f, y, x) belongs to exactly one task, and lies inside `out`.
-                                unsafe { sink.put(out_at(o, y0 + y, x + k), E::narrow(v + job.bias[o])) };
-                            }
+                            // SAFETY: each (b, o, f, y, x) belongs to exactly one task, and lies inside `out`.
+                            unsafe { sink.put(out_at(o, y0 + y, x), job.bias[o], &sum[..columns]) };
                         }
                     }
                 }
             }
-        },
-    );
+        })
+    });
+    // SAFETY: the tasks above wrote every element once: all (b, f, band), all channels, all columns.
+    unsafe { out.set_len(len) };
     Ok(Tensor::from_vec(out, (s.b, s.o, s.f_out, s.y_out, s.x_out), &Device::Cpu)?)
 }
 
@@ -177,12 +196,24 @@ struct Sink<E>(*mut E);
 unsafe impl<E: Send> Send for Sink<E> {}
 unsafe impl<E: Send> Sync for Sink<E> {}
 
-impl<E> Sink<E> {
+impl<E: Element> Sink<E> {
+    /// Writes `sums + bias` from element `at` on.
+    ///
     /// # Safety
-    /// `at` is inside the allocation and no other task writes or reads it.
+    /// The elements are inside the allocation and no other task writes or reads them.
     #[inline(always)]
-    unsafe fn put(&self, at: usize, value: E) {
-        unsafe { self.0.add(at).write(value) }
+    unsafe fn put(&self, at: usize, bias: f32, sums: &[f32]) {
+        let to = unsafe { self.0.add(at) };
+        if let Ok(sums) = <&[f32; XB]>::try_from(sums) {
+            // A full tile has a known length: this becomes vector stores.
+            for (k, &v) in sums.iter().enumerate() {
+                unsafe { to.add(k).write(E::narrow(v + bias)) };
+            }
+        } else {
+            for (k, &v) in sums.iter().enumerate() {
+                unsafe { to.add(k).write(E::narrow(v + bias)) };
+            }
+        }
     }
 }
 

@@ -232,7 +232,6 @@ impl VaeArch {
         let need = |key: &str| shape(key).ok_or_else(|| Error::MissingWeight { model: MODEL, key: key.to_owned() });
         let base_dim = need("encoder.conv1.weight")?[0];
         let z_dim = need("conv2.weight")?[0];
-        let dec_dim = need("decoder.head.0.gamma")?[0];
         let kind = match need("encoder.conv1.weight")?.get(1) {
             Some(3) => VaeKind::Wan21,
             Some(12) => VaeKind::Wan22,
@@ -281,7 +280,8 @@ impl VaeArch {
         let arch = Self {
             kind,
             base_dim,
-            dec_dim: dec_dim / dim_mult[0].max(1),
+            // A file that holds the encoder alone says nothing of the decoder.
+            dec_dim: shape("decoder.head.0.gamma").map_or(base_dim, |s| s[0] / dim_mult[0].max(1)),
             z_dim,
             dim_mult,
             res_blocks: max_blocks,
