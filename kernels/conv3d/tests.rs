@@ -49,11 +49,11 @@ fn naive(a: &CausalConv3dArgs<'_>) -> Tensor {
     };
     let mut out = Vec::new();
     for b in 0..s.b {
-        for o in 0..s.o {
+        for (o, &bias) in bias.iter().enumerate() {
             for f in 0..s.f_out {
                 for y in 0..s.y_out {
                     for xx in 0..s.x_out {
-                        let mut sum = bias[o] as f64;
+                        let mut sum = bias as f64;
                         for c in 0..s.c {
                             for t in 0..s.kt {
                                 for i in 0..s.ky {

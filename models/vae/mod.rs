@@ -208,7 +208,7 @@ impl Vae {
     /// clip of `frames` (1 + 4k) frames.
     pub fn condition(&self, first: &Tensor, last: Option<&Tensor>, frames: usize) -> Result<Tensor> {
         let stride = self.arch.temporal_stride();
-        if frames == 0 || (frames - 1) % stride != 0 || (last.is_some() && frames < 2) {
+        if frames == 0 || !(frames - 1).is_multiple_of(stride) || (last.is_some() && frames < 2) {
             return invalid(format!("a condition for {frames} frames, which are not 1 + a multiple of {stride}"));
         }
         let grey = first.zeros_like()?;

@@ -99,7 +99,7 @@ impl Net {
                 VaeKind::Wan21 => stages.extend(inner),
                 VaeKind::Wan22 => {
                     let skip =
-                        (!last).then(|| DupUp { out: o, time: if time { 2 } else { 1 }, space: 2, slot: b.slots });
+                        (!last).then_some(DupUp { out: o, time: if time { 2 } else { 1 }, space: 2, slot: b.slots });
                     b.slots += 1;
                     stages.push((nested, Stage::UpLevel(inner.into_iter().map(|(_, s)| s).collect(), skip)));
                 }
