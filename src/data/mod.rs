@@ -9,6 +9,8 @@ mod caption;
 mod clips;
 mod config;
 mod document;
+#[cfg(feature = "video")]
+mod ffmpeg;
 mod folder;
 pub mod frames;
 mod listing;
