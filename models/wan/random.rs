@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
+use wan_kernels::philox::{stream, Philox};
 
 use super::{BlockWeights, ResidentWeights, WanWeights};
 use crate::arch::WanArch;
@@ -10,13 +11,15 @@ use crate::keys;
 use crate::linear::Weight;
 use crate::{Error, Result};
 
+/// Adapters start from step 0 of the same stream: a base of the same seed must not share their numbers.
+const STEP: u32 = u32::MAX;
+
 /// Every tensor of a DiT under its official name, fp32 on the CPU. Norm weights 1 ± 0.2 (of queries and keys 1.4 ± 0.3),
 /// modulation ± 0.25, biases ± 0.1, matrices N(0, 1/fan_in), head not zero. The same on every machine for a seed.
 pub fn random_weights(arch: &WanArch, seed: u64) -> Result<BTreeMap<String, Tensor>> {
     arch.validate()?;
-    let mut rng = Normal { state: seed };
     let mut tensors = BTreeMap::new();
-    for spec in keys::expected(arch) {
+    for (item, spec) in keys::expected(arch).into_iter().enumerate() {
         let fan_in = spec.shape[1..].iter().product::<usize>().max(1) as f64;
         let (mean, std) = match spec.key.as_str() {
             k if k.ends_with("norm_q.weight") || k.ends_with("norm_k.weight") || k.ends_with("norm_k_img.weight") => {
@@ -28,9 +31,8 @@ pub fn random_weights(arch: &WanArch, seed: u64) -> Result<BTreeMap<String, Tens
             _ if spec.shape.len() == 1 => (1.0, 0.2),
             _ => (0.0, 1.0 / fan_in.sqrt()),
         };
-        let count = spec.shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|_| (mean + std * rng.next()) as f32).collect();
-        tensors.insert(spec.key, Tensor::from_vec(values, spec.shape, &Device::Cpu)?);
+        let unit = Philox::new(seed, stream::INIT, STEP, item as u32).normal(&spec.shape, &Device::Cpu)?;
+        tensors.insert(spec.key, unit.affine(std, mean)?);
     }
     Ok(tensors)
 }
@@ -46,27 +48,6 @@ impl WanWeights {
         let blocks: Result<Vec<_>> =
             (0..arch.num_layers).map(|i| BlockWeights::from_getter(arch, i, &mut get)).collect();
         Ok((rest, ResidentWeights::new(blocks?)))
-    }
-}
-
-/// Standard normals by Box-Muller over SplitMix64 (Steele, Lea, Flood 2014).
-struct Normal {
-    state: u64,
-}
-
-impl Normal {
-    fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        ((z >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-    }
-
-    fn next(&mut self) -> f64 {
-        let (u, v) = (self.uniform(), self.uniform());
-        (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
     }
 }
 
