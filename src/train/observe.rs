@@ -27,7 +27,7 @@ pub struct RunFacts {
 /// One micro-batch done.
 #[derive(Debug)]
 pub struct MicroStep<'a> {
-    /// Optimizer steps taken, this one's included: the x of the logs.
+    /// The optimizer step that this micro-batch belongs to, from 1: the x of the logs.
     pub step: u64,
     /// From 1.
     pub epoch: u64,

@@ -69,6 +69,11 @@ impl Trainer<'_> {
             .hint("leave --seed out, or give the old one")
             .into());
         }
+        let (saved, own) = (state.adapters.len(), self.params.layout().params.len());
+        if saved != own {
+            let what = format!("{} holds another network: {saved} tensors, this run trains {own}", dir.display());
+            return Err(UserError::new(what).hint("give the saved --network_args, or start with --resume_from").into());
+        }
         self.params
             .restore(|name| state.adapters.get(name).map(|m| (m.shape.as_slice(), m.data.as_slice())))
             .with_context(|| format!("{} holds another network", dir.display()))?;

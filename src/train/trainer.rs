@@ -195,7 +195,7 @@ impl<'a> Trainer<'a> {
                 };
                 let average = self.history.average();
                 observer.micro_step(&MicroStep {
-                    step: self.position.step,
+                    step: self.position.step + u64::from(!due),
                     epoch: self.position.epoch + 1,
                     micro_batch: self.position.micro_batch,
                     loss,

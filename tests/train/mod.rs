@@ -1,5 +1,12 @@
 //! Training: schedules, timesteps, optimizer, trainer, residency, plan.
 
+mod batches;
+mod golden_steps;
 mod plan;
+mod resume;
+mod ring;
+mod run;
 mod schedule;
+mod settings;
+mod support;
 mod timesteps;
