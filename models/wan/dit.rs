@@ -36,6 +36,13 @@ pub struct Saved {
     x_bld: Tensor,
 }
 
+impl Saved {
+    /// Bytes that each block keeps, from the lowest trained one on.
+    pub fn block_bytes(&self) -> Vec<usize> {
+        self.blocks.iter().map(BlockSaved::bytes).collect()
+    }
+}
+
 impl WanModel {
     pub fn new(arch: WanArch, weights: WanWeights, numerics: Numerics) -> Result<Self> {
         arch.validate()?;

@@ -77,6 +77,29 @@ impl BlockSaved {
     }
 }
 
+impl BlockSaved {
+    /// Bytes of what is kept; a plan's prices are held against it.
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        let linear = |l: &LinearOut| size(&l.y) + l.h.as_ref().map_or(0, size);
+        let attention = |a: &AttnOut| size(&a.o_blnh) + size(&a.lse_bnl);
+        let cross = |c: &KeyValue| linear(&c.k) + linear(&c.v) + attention(&c.attn);
+        let kept = match &self.kept {
+            Kept::Nothing => 0,
+            Kept::Attention(attn) => attention(attn),
+            Kept::All(p) => {
+                let linears = [&p.q, &p.k, &p.v, &p.o, &p.cross_q, &p.cross_o, &p.ffn_0].map(linear);
+                linears.iter().sum::<usize>()
+                    + attention(&p.attn)
+                    + cross(&p.text)
+                    + p.image.as_ref().map_or(0, cross)
+                    + p.ffn_2_h.as_ref().map_or(0, size)
+            }
+        };
+        size(&self.x_bld) + kept
+    }
+}
+
 impl AttnOut {
     fn to_device(&self, device: &Device) -> Result<Self> {
         Ok(Self { o_blnh: self.o_blnh.to_device(device)?, lse_bnl: self.lse_bnl.to_device(device)? })

@@ -179,7 +179,12 @@ impl Assembler<'_> {
         let Some(clip) = self.arch.clip else { return Ok(None) };
         let optional = self.settings.conditioning == Conditioning::Control;
         if optional && loaded.iter().all(|t| t.clip.is_none()) {
-            return Ok(None);
+            // No image is an image of zero features; the old tool sends text rows through the image's weights instead.
+            let none = (items.len() * clip.images, clip.tokens, clip.dim);
+            return match self.settings.compat.missing_clip {
+                true => Ok(None),
+                false => Ok(Some(Tensor::zeros(none, DType::F32, self.exec.device())?)),
+            };
         }
         let features = self.stack(items, loaded, "CLIP features", |t| t.clip.as_ref())?;
         let features = if features.rank() == 4 { features.flatten(0, 1)? } else { features };

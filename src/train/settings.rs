@@ -42,6 +42,8 @@ pub struct Compat {
     pub noise: bool,
     /// `sigma` mode rounds the noise level to the compute dtype before mixing.
     pub sigma_rounding: bool,
+    /// Fun Control without CLIP features: text rows take the place of the image's, where zeros would stand.
+    pub missing_clip: bool,
     /// Polynomial decay ends at 1e-7 whatever the ratio; `rex` starts odd.
     pub schedule: bool,
 }
@@ -49,7 +51,7 @@ pub struct Compat {
 impl Compat {
     /// All of it (`--musubi_compat`).
     pub fn musubi() -> Self {
-        Self { timesteps: true, noise: true, sigma_rounding: true, schedule: true }
+        Self { timesteps: true, noise: true, sigma_rounding: true, missing_clip: true, schedule: true }
     }
 }
 

@@ -130,6 +130,15 @@ fn fun_control_gets_control_and_first_frame_latents() {
     assert!(values(&text.narrow(0, 16, 16).unwrap()).iter().all(|v| *v == 0.0));
     let image = y(Conditioning::ControlFirstFrame);
     assert_eq!(values(&image.narrow(0, 0, 16).unwrap()), control);
+    // Where the model takes CLIP features and the text task has none, they are zeros; the old tool gives none.
+    let with_clip = WanArch { clip: Some(ClipArch { dim: 10, tokens: 4, images: 1 }), ..arch.clone() };
+    let clip = |compat: bool| {
+        let run = |c: &mut RunConfig| c.musubi_compat = compat;
+        assemble(&with_clip, Conditioning::Control, &items, &Exec::cpu(), run).unwrap().inputs.clip_fea
+    };
+    let zeros = clip(false).unwrap();
+    assert!(zeros.dims() == [1, 4, 10] && values(&zeros).iter().all(|v| *v == 0.0));
+    assert!(clip(true).is_none());
     let frames = image.narrow(0, 16, 16).unwrap();
     let want = items.items[0].latents_image.as_ref().unwrap().narrow(0, 4, 16).unwrap();
     assert_eq!(values(&frames.narrow(1, 0, 1).unwrap()), values(&want.narrow(1, 0, 1).unwrap()));

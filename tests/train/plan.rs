@@ -215,3 +215,47 @@ fn on_the_cpu_everything_is_one_memory() {
     let ring = choose(&job, budget, ring).unwrap();
     assert_eq!(ring.memory.device(), plan.memory.device() + job.block_linear_bytes());
 }
+
+#[test]
+fn the_price_of_saved_activations_is_what_the_model_keeps() {
+    use super::support::{arch as small, data, settings_for, Bench};
+    use wan_models::arch::{ClipArch, Conditioning};
+    use wan_models::wan::{Numerics, SavePlan, WanModel, Width};
+    use wan_train::train::{order, Assembler};
+
+    let clip = ClipArch { dim: 10, tokens: 4, images: 1 };
+    for (arch, batch) in [(small(), 1), (small(), 2), (WanArch { clip: Some(clip), ..small() }, 2)] {
+        for compute in [candle_core::DType::F32, candle_core::DType::BF16] {
+            for residual in [Width::Full, Width::Compute] {
+                let exec = wan_kernels::Exec::Reference { device: candle_core::Device::Cpu, compute };
+                let bench = Bench { exec, ..Bench::with_arch(arch.clone(), data(0, batch, batch)) };
+                let numerics = Numerics { residual, ..Numerics::default() };
+                let model = WanModel::new(arch.clone(), bench.model.weights().clone(), numerics).unwrap();
+                let config = super::support::model_config(arch.clone(), Conditioning::None);
+                let settings = settings_for(&config, |c| c.network_dim = 3);
+                let bare = WanArch { clip: None, ..arch.clone() };
+                let assembler = Assembler { settings: &settings, arch: &bare, items: &bench.items, exec: &bench.exec };
+                let plan = &order::epoch(&bench.items.buckets, 5, 0, 0)[0];
+                let mut inputs = assembler.assemble(plan, 0).unwrap().inputs;
+                inputs.clip_fea = arch.clip.map(|_| super::support::normal(7, &[batch, 4, 10], compute));
+                let trainer = bench.trainer(settings.clone());
+                let job = Job {
+                    sites: arch.sites(),
+                    compute_bytes: compute.size_in_bytes() as u64,
+                    stream_bytes: residual.dtype(compute).size_in_bytes() as u64,
+                    latent: [2, 4, 6],
+                    batch: batch as u64,
+                    arch: arch.clone(),
+                    ..tiny()
+                };
+                for keep in [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll] {
+                    let plan = SavePlan::uniform(keep);
+                    let forward = model.forward(&bench.exec, &inputs, trainer.params(), &*bench.blocks, &plan);
+                    let bytes = forward.unwrap().1.block_bytes();
+                    let want = vec![job.saved_bytes(keep) as usize; 3];
+                    assert_eq!(bytes, want, "{keep:?}, {compute:?}, stream {residual:?}, clip {:?}", arch.clip);
+                }
+            }
+        }
+    }
+}
