@@ -6,7 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
-/// Held locked inside a temporary directory while it has a living writer; never part of the result.
+/// Held locked inside a temporary directory while it has a living writer. It is removed after the rename: a kill in
+/// between leaves it in the finished directory, where it means nothing.
 pub(super) const LOCK: &str = ".writer";
 
 /// Lets `body` fill a fresh temporary directory, then gives it the name `dir`, replacing a directory of that name.
@@ -45,7 +46,6 @@ fn fill_and_name(dir: &Path, temp: &Path, body: impl FnOnce(&Path) -> Result<()>
     } else {
         None
     };
-    std::fs::remove_file(&lock_path)?;
     sync_dir(temp)?;
     if let Err(e) = std::fs::rename(temp, dir) {
         if let Some(aside) = &aside {
@@ -53,6 +53,7 @@ fn fill_and_name(dir: &Path, temp: &Path, body: impl FnOnce(&Path) -> Result<()>
         }
         return Err(e.into());
     }
+    let _ = std::fs::remove_file(dir.join(LOCK));
     if let Some(aside) = &aside {
         // The new directory is in place; an old one that cannot be removed now is a leftover, no failure.
         let _ = std::fs::remove_dir_all(aside);
@@ -63,7 +64,10 @@ fn fill_and_name(dir: &Path, temp: &Path, body: impl FnOnce(&Path) -> Result<()>
 /// Removes a directory so that a kill half-way leaves a leftover, never a directory that looks whole.
 pub fn remove_dir(dir: &Path) -> Result<()> {
     let temp = sibling(dir, TEMP_SUFFIX)?;
-    std::fs::rename(dir, &temp).and_then(|()| std::fs::remove_dir_all(&temp)).map_err(|e| explain(e, dir))
+    std::fs::rename(dir, &temp).map_err(|e| explain(e, dir))?;
+    // The name is free; what cannot be removed now is a leftover.
+    let _ = std::fs::remove_dir_all(&temp);
+    Ok(())
 }
 
 /// Gives a directory that was set aside its name back if that name is free, or removes it if it was replaced.

@@ -215,14 +215,15 @@ pub fn clean_leftovers(dir: &Path) -> usize {
     cleaned
 }
 
-/// Whether nobody is writing this temporary file or directory any more: its lock can be had. A file that has just been
-/// made and not yet locked is empty, and left alone for a minute.
+/// Whether nobody is writing this temporary file or directory any more: its lock can be had. One that has just been made
+/// and not yet locked is empty, and left alone for a minute.
 fn is_dead(path: &Path) -> bool {
     let lock_file = if path.is_dir() { path.join(dir::LOCK) } else { path.to_path_buf() };
     let age = |p: &Path| p.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
     let older_than = |p: &Path, secs| age(p).is_some_and(|a| a > Duration::from_secs(secs));
     let Ok(file) = File::open(&lock_file) else {
-        return path.is_dir() && older_than(path, 60);
+        let empty = || std::fs::read_dir(path).is_ok_and(|mut d| d.next().is_none());
+        return path.is_dir() && (!empty() || older_than(path, 60));
     };
     match fs4::fs_std::FileExt::try_lock_exclusive(&file) {
         Ok(true) => path.is_dir() || file.metadata().is_ok_and(|m| m.len() > 0) || older_than(path, 60),

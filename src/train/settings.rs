@@ -125,7 +125,8 @@ impl TrainSettings {
             ..ScheduleSpec::new(&c.lr_scheduler, c.learning_rate, 1)
         };
         // Built once with a stand-in length, so that a mistake is found before anything is loaded.
-        Schedule::new(&ScheduleSpec { total_steps: c.max_train_steps.max(2), ..schedule.clone() })?;
+        let stand_in = Schedule::new(&ScheduleSpec { total_steps: c.max_train_steps.max(2), ..schedule.clone() })?;
+        notes.extend(stand_in.note().map(str::to_owned));
         Ok(Self {
             seed,
             length,

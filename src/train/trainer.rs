@@ -163,11 +163,17 @@ impl<'a> Trainer<'a> {
             let (to, batches) = sync_channel(1);
             let exec = parts.exec;
             let (items, arch) = (parts.items, parts.model.arch());
-            scope.spawn(move || {
+            let feeder = scope.spawn(move || {
                 let assembler = Assembler { settings: &settings, arch, items, exec };
                 prefetch(&assembler, &from, epochs, &to);
             });
-            self.consume(&batches, observer, saver, stop)
+            let outcome = self.consume(&batches, observer, saver, stop);
+            // A feeder that waits to hand over its batch ends when nobody will take it.
+            drop(batches);
+            match feeder.join() {
+                Ok(()) => outcome,
+                Err(_) => outcome.and(Err(anyhow!("the thread that loads batches has died"))),
+            }
         })
     }
 

@@ -11,6 +11,7 @@ use wan_train::checkpoint::TrainState;
 use wan_train::fsio;
 
 const DIR: &str = "WAN_TEST_CHECKPOINTS";
+const FIRST: &str = "WAN_TEST_FIRST_STEP";
 
 fn writer(name: &str, dir: &Path) -> Command {
     let mut c = Command::new(std::env::current_exe().unwrap());
@@ -23,7 +24,8 @@ fn writer(name: &str, dir: &Path) -> Command {
 fn write_states_for_ever() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let dir = Path::new(&dir);
-    for step in 1.. {
+    let first: u64 = std::env::var(FIRST).unwrap().parse().unwrap();
+    for step in first.. {
         let mut state = sample(step);
         // Large enough that a kill mostly falls into the writing.
         state.buffers_u8.insert("bulk".into(), vec![step as u8; 400_000]);
@@ -40,8 +42,9 @@ fn a_kill_at_any_instant_leaves_a_whole_state() {
     let mut furthest = 0;
     let mut leftovers = 0;
     for round in 0..12 {
-        let mut child =
-            writer("write_states_for_ever", root.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut command = writer("write_states_for_ever", root.path());
+        command.env(FIRST, (round * 1000 + 1).to_string());
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // Wait until this writer has finished something, then strike at random.
         let before = std::fs::metadata(&file).ok().and_then(|m| m.modified().ok());
         for _ in 0..2000 {
@@ -50,11 +53,11 @@ fn a_kill_at_any_instant_leaves_a_whole_state() {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        std::thread::sleep(Duration::from_micros(rng.random_range(0..40_000)));
+        std::thread::sleep(Duration::from_micros(rng.random_range(0..120_000)));
         child.kill().unwrap();
         child.wait().unwrap();
 
-        leftovers += std::fs::read_dir(root.path()).unwrap().count() - 1;
+        leftovers += std::fs::read_dir(root.path()).unwrap().count() - 2;
         fsio::clean_leftovers(root.path());
         let mut found = TrainState::load(&state).unwrap_or_else(|e| panic!("round {round}: {e:#}"));
         let step = found.position.step;
@@ -62,10 +65,11 @@ fn a_kill_at_any_instant_leaves_a_whole_state() {
         assert_eq!(found, sample(step), "round {round}");
         let bytes = std::fs::read(&file).unwrap();
         assert!(bytes.len() == 300_000 && bytes.iter().all(|b| *b == bytes[0]), "round {round}: a torn file");
-        furthest = furthest.max(step);
+        assert!(step > round * 1000, "round {round}: step {step} is of an earlier writer");
+        furthest += step - round * 1000;
     }
-    assert!(furthest >= 1);
-    println!("furthest step {furthest}, {leftovers} entries left by kills");
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2);
+    println!("{furthest} states written in 12 lives, {leftovers} temporary entries left by kills and cleaned");
 }
 
 #[test]

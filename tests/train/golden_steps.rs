@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use wan_kernels::adamw::{clip_scale, global_norm};
 use wan_kernels::Exec;
+use wan_models::adapter::{AdapterSpec, Kind};
 use wan_models::arch::{NotInShapes, Shapes, WanArch};
 use wan_models::keys;
 use wan_models::wan::{Numerics, SavePlan, SavePolicy, Timesteps, WanInputs, WanModel, WanWeights};
@@ -41,7 +42,7 @@ fn base(case: &Value) -> (WanArch, BTreeMap<String, Tensor>) {
 /// The network of a file in kohya's spelling, by site.
 fn stored(file: &HashMap<String, Tensor>) -> BTreeMap<String, Stored> {
     let mut out: BTreeMap<String, Stored> = BTreeMap::new();
-    const NAMES: [&str; 9] = [
+    const NAMES: [&str; 10] = [
         "lora_down.weight",
         "lora_up.weight",
         "hada_w1_a",
@@ -49,6 +50,7 @@ fn stored(file: &HashMap<String, Tensor>) -> BTreeMap<String, Stored> {
         "hada_w2_a",
         "hada_w2_b",
         "lokr_w1",
+        "lokr_w2",
         "lokr_w2_a",
         "lokr_w2_b",
     ];
@@ -78,7 +80,14 @@ fn open(name: &str) -> Case {
     let (rest, blocks) = WanWeights::from_tensors(&arch, &weights).unwrap();
     let sites = select(&arch, &Patterns::default()).unwrap();
     let (rank, alpha) = (json["network_dim"].as_u64().unwrap() as usize, json["network_alpha"].as_f64().unwrap());
-    let params = AdapterParams::new(NetworkSpec::lora(rank, alpha), sites, 0, &Device::Cpu).unwrap();
+    let kind = match json["kind"].as_str().unwrap() {
+        "lora" => Kind::Lora,
+        "loha" => Kind::Loha,
+        "lokr" => Kind::Lokr { factor: -1 },
+        other => panic!("{name}: a {other} network"),
+    };
+    let spec = NetworkSpec { adapter: AdapterSpec { kind, rank, alpha }, ..NetworkSpec::lora(rank, alpha) };
+    let params = AdapterParams::new(spec, sites, 0, &Device::Cpu).unwrap();
     let note = start::load(&params, name, &stored(&tensors(&format!("{name}.network.safetensors")))).unwrap();
     assert_eq!(note, None);
     let model = WanModel::new(arch, rest, Numerics::default()).unwrap();
@@ -128,7 +137,7 @@ fn floats(t: &Tensor) -> Vec<f32> {
 
 #[test]
 fn losses_and_gradients_match_the_recorded_ones() {
-    for name in ["03_lora_d4a2", "03_lora_d8a8_b2", "03_lora_i2v22_d4"] {
+    for name in ["03_lora_d4a2", "03_lora_d8a8_b2", "03_lora_i2v22_d4", "03_loha_d3", "03_lokr_d4"] {
         let case = open(name);
         let batch = case.batch(&case.io["noise"], &floats(&case.io["sigma"]), &floats(&case.io["timesteps"]));
         let mut grads = Grads::new(case.params.layout().clone(), &Device::Cpu).unwrap();

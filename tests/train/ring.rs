@@ -39,11 +39,11 @@ fn first_weight(block: &BlockWeights) -> Vec<f32> {
 
 /// One forward and one backward pass; every block must come with its own weights.
 fn passes(ring: &Ring, want: &[Vec<f32>]) {
-    for i in 0..want.len() {
-        assert_eq!(first_weight(&ring.acquire(i, Pass::Forward).unwrap()), want[i]);
+    for (i, weights) in want.iter().enumerate() {
+        assert_eq!(first_weight(&ring.acquire(i, Pass::Forward).unwrap()), *weights);
     }
-    for i in (0..want.len()).rev() {
-        assert_eq!(first_weight(&ring.acquire(i, Pass::Backward).unwrap()), want[i]);
+    for (i, weights) in want.iter().enumerate().rev() {
+        assert_eq!(first_weight(&ring.acquire(i, Pass::Backward).unwrap()), *weights);
     }
 }
 

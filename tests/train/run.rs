@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use wan_models::wan::{BlockPlan, Home, SavePlan, SavePolicy};
 use wan_train::residency::{CpuCopy, Residency, ResidencySpec};
-use wan_train::train::{Outcome, When};
+use wan_train::train::{Items, Outcome, When};
 
 use super::support::{arch, bits, data, model, settings, Bench};
 
@@ -260,5 +260,45 @@ fn sixteen_bit_compute_trains_and_fp16_scales_its_loss() {
         }
         let scale = f64::from_bits(ended.state.meta["loss_scale_bits"].as_u64().unwrap());
         assert_eq!(scale > 1.0, dtype == DType::F16, "{dtype:?}: loss scale {scale}");
+    }
+}
+
+/// Items whose file is gone, or whose reader panics.
+struct Broken<'a>(&'a super::support::Synthetic, bool);
+
+impl Items for Broken<'_> {
+    fn buckets(&self) -> &[wan_train::cache::index::Bucket] {
+        &self.0.buckets
+    }
+    fn load(&self, item: usize) -> anyhow::Result<wan_train::cache::index::ItemTensors> {
+        match (item, self.1) {
+            (2, true) => panic!("a reader that panics, on purpose"),
+            (2, false) => anyhow::bail!("item2.safetensors is gone"),
+            _ => self.0.load(item),
+        }
+    }
+    fn name(&self, item: usize) -> String {
+        self.0.name(item)
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_read_ends_the_run_with_its_name() {
+    let bench = Bench::new(data(4, 0, 1));
+    for panics in [false, true] {
+        let items = Broken(&bench.items, panics);
+        let parts = wan_train::train::Parts {
+            exec: &bench.exec,
+            model: &bench.model,
+            blocks: &*bench.blocks,
+            save_plan: &bench.plan,
+            items: &items,
+        };
+        let mut trainer =
+            wan_train::train::Trainer::new(parts, settings(|_| {}), Default::default(), serde_json::json!({})).unwrap();
+        let error = trainer.run(&mut (), &mut (), &Default::default()).unwrap_err();
+        let want = if panics { "has died" } else { "item2.safetensors is gone" };
+        assert!(format!("{error:#}").contains(want), "{error:#}");
+        assert!(panics || format!("{error:#}").contains("batch of item2"));
     }
 }
