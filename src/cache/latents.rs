@@ -17,8 +17,8 @@ use wan_models::vae::{Encoder, Vae};
 use super::fingerprint::SourceId;
 use super::format::{self, LatentTensors};
 use super::recipe::{ClipList, Freshness, LatentRecipe, Stamp};
-use super::survey::{cut_rule, latent_path, ClipSpan, LatentEntry, Outcome, Survey};
-use crate::data::{self, Clip, Entry, Item, Kind};
+use super::survey::{cut_rule, latent_path, LatentEntry, Outcome, Survey};
+use crate::data::{self, Clip, Entry, Item, Kind, Planned};
 use crate::error::UserError;
 use crate::fsio;
 use crate::report::{Progress, Work};
@@ -170,7 +170,7 @@ enum Message {
     /// The item is read through: all its clips, or why it cannot be read.
     End {
         entry: usize,
-        result: Result<Vec<ClipSpan>>,
+        result: Result<Vec<Planned>>,
     },
 }
 
@@ -194,13 +194,13 @@ fn decode_all(work: &[WorkItem], send: &SyncSender<Message>, stop: &AtomicBool) 
     }
 }
 
-fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<ClipSpan>> {
+fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<Planned>> {
     let identity = |path: &PathBuf| SourceId::of(path).map_err(|e| fsio::explain(e, path));
     let controls = w.item.controls.iter().map(identity).collect::<Result<_>>()?;
     let sources = Arc::new(Sources { source: identity(&w.item.path)?, controls });
     let mut found = Vec::new();
     let mut hand_over = |clip: Clip| {
-        let span = ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size };
+        let span = Planned { start: clip.start, frames: clip.frames.len(), size: clip.size };
         found.push(span);
         if w.ready.contains(&latent_path(&w.dataset, &w.item, span)) {
             return Ok(());
@@ -258,7 +258,7 @@ impl Kitchen {
         }
         let item = survey.items[survey.entries[entry].item].clone();
         // A clip that the estimate did not foresee may still be there from an earlier run.
-        let span = ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size };
+        let span = Planned { start: clip.start, frames: clip.frames.len(), size: clip.size };
         let file = survey.latent_entry(&item, span);
         if file.state.is_usable() {
             return Ok(());
@@ -276,7 +276,7 @@ impl Kitchen {
         }
     }
 
-    fn finish(&mut self, survey: &mut Survey, entry: usize, result: Result<Vec<ClipSpan>>) -> Result<()> {
+    fn finish(&mut self, survey: &mut Survey, entry: usize, result: Result<Vec<Planned>>) -> Result<()> {
         match result {
             Ok(found) => {
                 let item = &survey.items[survey.entries[entry].item];

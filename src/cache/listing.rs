@@ -10,6 +10,7 @@ use crate::data::{Entry, Kind};
 use crate::error::UserError;
 
 /// The files of a cache directory that are named like caches, with the stems their names give.
+#[derive(Debug, Clone)]
 pub(super) struct Listing {
     pub files: BTreeMap<PathBuf, Option<String>>,
     latents_of: HashMap<String, Vec<PathBuf>>,

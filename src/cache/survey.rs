@@ -11,9 +11,7 @@ use super::listing::Listing;
 use super::names::CacheName;
 use super::options::CacheOptions;
 use super::recipe::{self, Freshness, LatentRecipe, LatentSettings, LatentWish, TextRecipe, TextWish};
-use crate::data::bucket::Selector;
-use crate::data::frames::{resample, Cut};
-use crate::data::{self, DatasetConfig, Entry, Item, Kind};
+use crate::data::{count_frames, Cut, DatasetConfig, Entry, Item, Kind, Planned};
 use crate::error::UserError;
 
 /// What a run did with a cache file.
@@ -27,19 +25,11 @@ pub enum Outcome {
     Reused,
 }
 
-/// Frames of an item that make a latent file: `frames` of them from frame `start` on, at `size` (width, height).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ClipSpan {
-    pub start: usize,
-    pub frames: usize,
-    pub size: (u32, u32),
-}
-
 /// One latent file: a picture's, or one clip's of a video.
 #[derive(Debug, Clone)]
 pub struct LatentEntry {
     pub path: PathBuf,
-    pub span: ClipSpan,
+    pub span: Planned,
     pub state: Freshness,
     pub outcome: Outcome,
     /// What was wrong with the file that this run replaced.
@@ -84,8 +74,8 @@ pub struct Survey {
     pub items: Vec<Item>,
     pub options: CacheOptions,
     pub entries: Vec<ItemEntry>,
-    /// Files named like caches that belong to no item: never trained on, never deleted.
-    pub unused: Vec<(usize, PathBuf)>,
+    /// What lay in the cache directory of each data set at the start.
+    listings: Vec<Listing>,
 }
 
 impl Survey {
@@ -96,13 +86,9 @@ impl Survey {
             items: items.to_vec(),
             options: options.clone(),
             entries: Vec::new(),
-            unused: Vec::new(),
+            listings: config.entries.iter().map(Listing::of).collect::<Result<_>>()?,
         };
-        let listings: Vec<Listing> = config.entries.iter().map(Listing::of).collect::<Result<_>>()?;
-        for (i, item) in items.iter().enumerate() {
-            survey.entries.push(survey.item_entry(i, item, &listings[item.dataset]));
-        }
-        survey.find_unused(&listings);
+        survey.entries = items.iter().enumerate().map(|(i, item)| survey.item_entry(i, item)).collect();
         Ok(survey)
     }
 
@@ -122,20 +108,17 @@ impl Survey {
         self.entries.iter().filter(|e| e.fault.is_none() && !e.text.state.is_usable()).count()
     }
 
-    fn item_entry(&self, index: usize, item: &Item, listing: &Listing) -> ItemEntry {
-        let entry = self.dataset(item);
-        let bucket = bucket_of(entry, item.kind, item.probe.size);
+    fn item_entry(&self, index: usize, item: &Item) -> ItemEntry {
+        let (entry, listing) = (self.dataset(item), &self.listings[item.dataset]);
+        let bucket = entry.selector().choose(item.probe.size);
         let (spans, settled) = match item.kind {
-            Kind::Image => (vec![(0, 1)], true),
+            Kind::Image => (entry.plan(&item.probe), true),
             Kind::Video => match self.recorded_clips(item, entry, listing) {
                 Some(spans) => (spans, true),
-                None => (estimated_clips(item, entry), false),
+                None => (entry.plan(&item.probe), false),
             },
         };
-        let mut clips: Vec<LatentEntry> = spans
-            .into_iter()
-            .map(|(start, frames)| self.latent_entry(item, ClipSpan { start, frames, size: bucket }))
-            .collect();
+        let mut clips: Vec<LatentEntry> = spans.into_iter().map(|span| self.latent_entry(item, span)).collect();
         clips.sort_by(|a, b| a.path.cmp(&b.path));
         let settled = settled || (!clips.is_empty() && clips.iter().all(|c| c.state.is_usable()));
         let side = 2 * self.options.geometry.spatial as u32;
@@ -148,7 +131,7 @@ impl Survey {
     }
 
     /// One latent file, looked at now.
-    pub fn latent_entry(&self, item: &Item, span: ClipSpan) -> LatentEntry {
+    pub fn latent_entry(&self, item: &Item, span: Planned) -> LatentEntry {
         let path = latent_path(self.dataset(item), item, span);
         let state = match self.options.recache {
             true => Freshness::Stale("made again on request".to_string()),
@@ -159,7 +142,7 @@ impl Survey {
     }
 
     /// The settings under which a latent file is made now.
-    pub fn settings(&self, item: &Item, span: ClipSpan) -> Result<LatentSettings> {
+    pub fn settings(&self, item: &Item, span: Planned) -> Result<LatentSettings> {
         let o = &self.options;
         Ok(LatentSettings {
             bucket: span.size,
@@ -173,7 +156,7 @@ impl Survey {
         })
     }
 
-    fn latent_state(&self, path: &Path, item: &Item, span: ClipSpan) -> Freshness {
+    fn latent_state(&self, path: &Path, item: &Item, span: Planned) -> Freshness {
         let found = format::read_header(path).and_then(|h| LatentInfo::from_header(&h).map(|info| (h, info)));
         let (header, info) = match found {
             Ok(found) => found,
@@ -219,14 +202,15 @@ impl Survey {
     }
 
     /// The clips of a video as recorded in any of its files by a run that read it through, if nothing about it changed.
-    fn recorded_clips(&self, item: &Item, entry: &Entry, listing: &Listing) -> Option<Vec<(usize, usize)>> {
+    fn recorded_clips(&self, item: &Item, entry: &Entry, listing: &Listing) -> Option<Vec<Planned>> {
         let cut = cut_rule(entry);
         listing.of_base(&item.stem).find_map(|path| {
             let header = format::read_header(path).ok()?;
             let recipe: LatentRecipe = recipe::read(&header).ok()??;
             let clips = recipe.clips.filter(|list| list.cut == cut && !list.all.is_empty())?;
             let unchanged = recipe.source.difference(&item.path, recipe.stamp.made_ns).is_none();
-            unchanged.then_some(clips.all)
+            let size = entry.selector().choose(item.probe.size);
+            unchanged.then(|| clips.all.into_iter().map(|(start, frames)| Planned { start, frames, size }).collect())
         })
     }
 
@@ -274,25 +258,27 @@ impl Survey {
         (state, (recipe.tokens > rows).then_some(recipe.tokens))
     }
 
-    fn find_unused(&mut self, listings: &[Listing]) {
+    /// Files named like caches that belong to no item, with their data set: never trained on, never deleted. As long as
+    /// a video has not been read through, files of its name are not counted.
+    pub fn unused(&self) -> Vec<(usize, PathBuf)> {
         let mut known = BTreeSet::new();
-        let mut by_name = BTreeSet::new();
+        let mut undecided = BTreeSet::new();
         for entry in &self.entries {
-            known.extend(entry.clips.iter().map(|c| c.path.clone()));
-            known.insert(entry.text.path.clone());
+            known.extend(entry.clips.iter().map(|c| &c.path));
+            known.insert(&entry.text.path);
             if !entry.settled {
-                // A video's other clips may turn out to be wanted once it is read through.
-                by_name.insert((self.items[entry.item].dataset, self.items[entry.item].stem.clone()));
+                let item = &self.items[entry.item];
+                undecided.insert((item.dataset, item.stem.as_str()));
             }
         }
-        for (dataset, listing) in listings.iter().enumerate() {
-            for (path, base) in &listing.files {
-                let undecided = base.as_ref().is_some_and(|b| by_name.contains(&(dataset, b.clone())));
-                if !known.contains(path) && !undecided {
-                    self.unused.push((dataset, path.clone()));
-                }
-            }
+        let mut unused = Vec::new();
+        for (dataset, listing) in self.listings.iter().enumerate() {
+            let may_be_wanted =
+                |base: &Option<String>| base.as_ref().is_some_and(|b| undecided.contains(&(dataset, b)));
+            let files = listing.files.iter().filter(|(path, base)| !known.contains(path) && !may_be_wanted(base));
+            unused.extend(files.map(|(path, _)| (dataset, path.clone())));
         }
+        unused
     }
 
     /// Reads the videos through whose clips are only estimated, so that `entries` is the truth. Needs no model.
@@ -301,14 +287,10 @@ impl Survey {
             if self.entries[i].settled || self.entries[i].fault.is_some() {
                 continue;
             }
-            let item = self.items[self.entries[i].item].clone();
-            let mut found = Vec::new();
-            let read = data::decode_video(&item, self.dataset(&item), &mut |clip| {
-                found.push(ClipSpan { start: clip.start, frames: clip.frames.len(), size: clip.size });
-                Ok(())
-            });
-            match read {
-                Ok(_) => self.settle_clips(i, &found),
+            let item = &self.items[self.entries[i].item];
+            let entry = self.dataset(item);
+            match count_frames(&item.path, entry) {
+                Ok(n) => self.settle_clips(i, &entry.clips_of(n, item.probe.size)),
                 Err(e) => self.entries[i].fault = Some(format!("{e:#}")),
             }
         }
@@ -316,7 +298,7 @@ impl Survey {
 
     /// Replaces the estimated clips of entry `i` by those the video yields. What is known of the
     /// files stays.
-    pub fn settle_clips(&mut self, i: usize, found: &[ClipSpan]) {
+    pub fn settle_clips(&mut self, i: usize, found: &[Planned]) {
         let item = self.items[self.entries[i].item].clone();
         let mut old: BTreeMap<PathBuf, LatentEntry> =
             std::mem::take(&mut self.entries[i].clips).into_iter().map(|c| (c.path.clone(), c)).collect();
@@ -390,7 +372,7 @@ fn other_architecture(header: &Header) -> Option<String> {
 }
 
 /// Where the latents of a clip go.
-pub fn latent_path(entry: &Entry, item: &Item, span: ClipSpan) -> PathBuf {
+pub fn latent_path(entry: &Entry, item: &Item, span: Planned) -> PathBuf {
     let base = item.stem.clone();
     let name = match item.kind {
         Kind::Image => {
@@ -403,23 +385,6 @@ pub fn latent_path(entry: &Entry, item: &Item, span: ClipSpan) -> PathBuf {
         }
     };
     entry.cache_directory.join(name.file_name())
-}
-
-/// Width and height that a source of `size` is encoded at. The old trainer's caching chooses buckets for videos
-/// whatever the file says.
-pub fn bucket_of(entry: &Entry, kind: Kind, size: (u32, u32)) -> (u32, u32) {
-    let (enable, no_upscale) = match kind == Kind::Video && entry.musubi_compat {
-        true => (true, false),
-        false => (entry.enable_bucket, entry.bucket_no_upscale),
-    };
-    Selector::new(entry.resolution, enable, no_upscale).choose(size)
-}
-
-/// The clips of a video if the container is right about its frames and its rate is constant.
-fn estimated_clips(item: &Item, entry: &Entry) -> Vec<(usize, usize)> {
-    let n = resample(item.probe.frames, entry.source_fps, entry.musubi_compat).len();
-    let unique: BTreeSet<_> = Cut::of(entry).positions(n).into_iter().collect();
-    unique.into_iter().collect()
 }
 
 /// What decides which clips a given video yields, as text.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::recipe::Freshness;
 use super::survey::{ItemEntry, Outcome, Survey};
-use crate::data::{ScanReport, Verdict};
+use crate::data::{dataset_name, ScanReport, Verdict};
 use crate::report::Table;
 
 /// What became of one file.
@@ -50,6 +50,8 @@ impl Fate {
 /// The files of all data sets, in their order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CacheReport {
+    /// Where each data set comes from.
+    pub roots: Vec<PathBuf>,
     pub files: Vec<FileReport>,
 }
 
@@ -76,10 +78,10 @@ impl CacheReport {
             let notes = notes.get(&(item.dataset, item.path.as_path())).cloned().unwrap_or_default();
             files.push(item_report(survey, entry, &notes));
         }
-        for (dataset, path) in &survey.unused {
+        for (dataset, path) in survey.unused() {
             files.push(FileReport {
-                dataset: *dataset,
-                path: path.clone(),
+                dataset,
+                path,
                 fate: Fate::Unused,
                 latents: String::new(),
                 caption: String::new(),
@@ -89,23 +91,22 @@ impl CacheReport {
         files.sort_by(|a, b| {
             (a.dataset, a.fate == Fate::Unused, &a.path).cmp(&(b.dataset, b.fate == Fate::Unused, &b.path))
         });
-        Self { files }
+        let roots = survey.config.entries.iter().map(|e| e.source.path().to_path_buf()).collect();
+        Self { roots, files }
     }
 
-    /// The table, and a line of totals under it.
+    /// A table for each data set, paths as seen from there, and a line of totals.
     pub fn render(&self) -> String {
-        let mut table = Table::new(["dataset", "file", "result", "latents", "caption", "why"]);
-        for file in &self.files {
-            table.row([
-                &(file.dataset + 1).to_string(),
-                &file.path.display().to_string(),
-                file.fate.name(),
-                &file.latents,
-                &file.caption,
-                &file.why,
-            ]);
+        let mut text = String::new();
+        for (dataset, root) in self.roots.iter().enumerate() {
+            let mut table = Table::new(["file", "result", "latents", "caption", "why"]);
+            for file in self.files.iter().filter(|f| f.dataset == dataset) {
+                let path = file.path.strip_prefix(root).unwrap_or(&file.path).display().to_string();
+                table.row([path.as_str(), file.fate.name(), &file.latents, &file.caption, &file.why]);
+            }
+            text.push_str(&format!("{}: {}\n{}\n", dataset_name(dataset), root.display(), table.render()));
         }
-        format!("{}\n{}\n", table.render(), self.totals())
+        text + &self.totals() + "\n"
     }
 
     /// "12 files: 10 used, 1 dropped, 1 error; 2 unused cache files".

@@ -1,3 +1,8 @@
 //! Cache files: their form, their recipes, and the run that makes them.
 
 mod files;
+mod flow;
+mod kill;
+mod kitchen;
+mod recorded;
+mod variants;

@@ -1,0 +1,110 @@
+//! What else latent files may hold: first-frame conditions, control latents.
+
+use std::fs;
+
+use candle_core::{DType, Tensor};
+use wan_train::cache::index::load_latents;
+use wan_train::cache::recipe::Freshness;
+
+use super::kitchen::{picture, Kitchen};
+
+const CAT: &str = "cache/pictures/a_cat_0064x0048_wan.safetensors";
+const DOG: &str = "cache/pictures/dog_0040x0040_wan.safetensors";
+const WALK: &str = "cache/videos/walk_00000-005_0048x0032_wan.safetensors";
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn image_to_video_stores_the_first_frame() {
+    let mut kitchen = Kitchen::new();
+    kitchen.options.i2v = true;
+    kitchen.options.vae_dtype = DType::F32;
+    kitchen.cook().ok();
+    let clip = load_latents(&kitchen.path(WALK)).unwrap();
+    let image = clip.latents_image.unwrap();
+    assert_eq!(image.dims(), [8, 2, 4, 6]);
+    for channel in 0..4 {
+        let mask = image.get(channel).unwrap();
+        assert!(values(&mask.get(0).unwrap()).iter().all(|v| *v == 1.0));
+        assert!(values(&mask.get(1).unwrap()).iter().all(|v| *v == 0.0));
+    }
+    // Frame 0 is seen alone by the VAE: its latents are those of the clip.
+    let first = |t: &Tensor| values(&t.narrow(1, 0, 1).unwrap());
+    assert_eq!(first(&image.narrow(0, 4, 4).unwrap()), first(&clip.latents));
+
+    let still = load_latents(&kitchen.path(CAT)).unwrap();
+    let image = still.latents_image.unwrap();
+    assert_eq!(values(&image.narrow(0, 4, 4).unwrap()), values(&still.latents), "a picture is its own condition");
+    assert!(values(&image.narrow(0, 0, 4).unwrap()).iter().all(|v| *v == 1.0));
+
+    kitchen.options.i2v_images_as_t2v = true;
+    let meal = kitchen.cook().ok();
+    assert!(meal.row("a_cat.png").contains("made without i2v_images_as_t2v"), "{}", meal.table());
+    assert!(meal.row("frames/walk").contains("2 reused"), "videos are not concerned: {}", meal.table());
+    let (cat, dog) = (load_latents(&kitchen.path(CAT)).unwrap(), load_latents(&kitchen.path(DOG)).unwrap());
+    assert_eq!(values(&cat.latents), values(&still.latents));
+    let image = cat.latents_image.unwrap();
+    assert!(values(&image.narrow(0, 0, 4).unwrap()).iter().all(|v| *v == 0.0));
+    assert_eq!(values(&image), values(&dog.latents_image.unwrap()), "an empty frame, whatever the picture shows");
+
+    // What image-to-video needs, text-to-video leaves alone.
+    kitchen.options.i2v = false;
+    kitchen.models = false;
+    kitchen.cook().ok();
+}
+
+#[test]
+fn controls_are_encoded_and_watched() {
+    let kitchen = Kitchen::new();
+    fs::create_dir(kitchen.path("controls")).unwrap();
+    picture(64, 48, 77).save(kitchen.path("controls/a_cat.png")).unwrap();
+    picture(40, 40, 78).save(kitchen.path("controls/dog.png")).unwrap();
+    let control = format!("target_frames = [5]\n[[datasets]]\nimage_directory = \"{0}/pictures\"\ncontrol_directory = \"{0}/controls\"\ncache_directory = \"{0}/cache/controlled\"", kitchen.path("").display().to_string().trim_end_matches('/'));
+    kitchen.write_config("resolution = [48, 32]", &control);
+    kitchen.cook().ok();
+    let path = kitchen.path("cache/controlled/a_cat_0064x0048_wan.safetensors");
+    let tensors = load_latents(&path).unwrap();
+    let control = tensors.latents_control.unwrap();
+    assert_eq!(control.dims(), tensors.latents.dims());
+    assert_ne!(values(&control), values(&tensors.latents));
+
+    picture(64, 48, 79).save(kitchen.path("controls/a_cat.png")).unwrap();
+    let (_, survey) = kitchen.survey();
+    let state = survey.entries.iter().flat_map(|e| &e.clips).find(|c| c.path == path).unwrap().state.clone();
+    assert!(matches!(&state, Freshness::Stale(why) if why.starts_with("control: ")), "{state:?}");
+
+    // A cache made before the control directory was set lacks the control.
+    let without = kitchen.path("cache/pictures/dog_0040x0040_wan.safetensors");
+    fs::copy(without, kitchen.path("cache/controlled/dog_0040x0040_wan.safetensors")).unwrap();
+    let (_, survey) = kitchen.survey();
+    let dog = survey
+        .entries
+        .iter()
+        .flat_map(|e| &e.clips)
+        .find(|c| c.path.ends_with("controlled/dog_0040x0040_wan.safetensors"));
+    assert!(
+        matches!(&dog.unwrap().state, Freshness::Stale(why) if why.contains("control")),
+        "{:?}",
+        dog.unwrap().state
+    );
+    kitchen.cook().ok();
+}
+
+#[test]
+fn a_control_of_another_size_is_refused_by_name() {
+    let kitchen = Kitchen::new();
+    fs::create_dir(kitchen.path("controls")).unwrap();
+    picture(96, 96, 77).save(kitchen.path("controls/a_cat.png")).unwrap();
+    picture(96, 96, 78).save(kitchen.path("controls/dog.png")).unwrap();
+    let root = kitchen.path("").display().to_string();
+    let root = root.trim_end_matches('/');
+    let control = format!(
+        "target_frames = [5]\n[[datasets]]\nimage_directory = \"{root}/pictures\"\ncontrol_directory = \
+         \"{root}/controls\"\nno_resize_control = true\ncache_directory = \"{root}/cache/controlled\""
+    );
+    kitchen.write_config("resolution = [48, 32]", &control);
+    let error = kitchen.cook().error();
+    assert!(error.contains("a_cat.png") && error.contains("no_resize_control"), "{error}");
+}
