@@ -42,7 +42,8 @@ const CHUNK: usize = 4;
 
 /// Makes every latent file that is missing, stale or torn, and writes the results into the survey. Media that cannot be
 /// used become faults there (see `Survey::check`); errors that concern all of them (a disk that is full, a model that
-/// cannot be loaded) end the work. `stop` is looked at between clips: what is finished then stays.
+/// cannot be loaded) end the work. `stop` is looked at between clips: once it is set, what is finished stays, the rest is
+/// left as it is, and the call returns.
 pub fn cache_latents(
     survey: &mut Survey,
     models: LatentModels<'_>,
@@ -95,17 +96,15 @@ pub fn cache_latents(
         kitchen.write_held(survey, None)
     })?;
     drop(task);
-    stopped(stop, done, total, "files")
+    say_stopped(progress, stop, done, total, "files");
+    Ok(())
 }
 
-/// The error of a run that was asked to stop.
-pub(super) fn stopped(stop: &AtomicBool, done: u64, total: u64, what: &str) -> Result<()> {
+/// Says where a run that was asked to stop has come to.
+pub(super) fn say_stopped(progress: &dyn Progress, stop: &AtomicBool, done: u64, total: u64, what: &str) {
     if done < total && stop.load(Ordering::Relaxed) {
-        return Err(UserError::new(format!("caching was stopped after {done} of {total} {what}"))
-            .hint("run the same command again: what is finished is kept")
-            .into());
+        progress.say(&format!("stopped after {done} of {total} {what}; what is finished is kept"));
     }
-    Ok(())
 }
 
 fn file_name(path: &Path) -> String {

@@ -136,7 +136,6 @@ impl LatentRecipe {
     /// `None` if the wish would give this file again, else the first thing that differs.
     pub fn difference(&self, wish: &LatentWish<'_>) -> Option<String> {
         let (was, now) = (&self.settings, wish.settings);
-        let yes = |b: bool| if b { "with" } else { "without" };
         if let Some(why) = self.stamp.check_version() {
             return Some(why);
         }
@@ -158,10 +157,10 @@ impl LatentRecipe {
             return Some("made without the first-frame condition that image-to-video needs".to_string());
         }
         if now.i2v && was.images_as_t2v != now.images_as_t2v {
-            return Some(format!("made {} i2v_images_as_t2v", yes(was.images_as_t2v)));
+            return Some(format!("made {} i2v_images_as_t2v", with(was.images_as_t2v)));
         }
         if was.musubi_compat != now.musubi_compat {
-            return Some(format!("made {} musubi_compat", yes(was.musubi_compat)));
+            return Some(made_under_compat(was.musubi_compat));
         }
         if wish.vae.is_some_and(|vae| vae != self.vae) {
             return Some("made with another VAE".to_string());
@@ -192,6 +191,8 @@ pub struct TextRecipe {
     pub umt5: String,
     pub tokenizer: String,
     pub dtype: String,
+    /// The old trainer's arithmetic.
+    pub musubi_compat: bool,
     /// Tokens of the caption before it was cut to what the model takes.
     pub tokens: usize,
 }
@@ -203,6 +204,7 @@ pub struct TextWish<'a> {
     pub umt5: Option<&'a str>,
     pub tokenizer: Option<&'a str>,
     pub dtype: &'a str,
+    pub musubi_compat: bool,
 }
 
 impl TextRecipe {
@@ -219,8 +221,23 @@ impl TextRecipe {
         if wish.umt5.is_some_and(|umt5| umt5 != self.umt5) {
             return Some("made with another text encoder".to_string());
         }
-        wish.tokenizer.is_some_and(|t| t != self.tokenizer).then(|| "made with another tokenizer".to_string())
+        if wish.tokenizer.is_some_and(|t| t != self.tokenizer) {
+            return Some("made with another tokenizer".to_string());
+        }
+        (self.musubi_compat != wish.musubi_compat).then(|| made_under_compat(self.musubi_compat))
     }
+}
+
+fn with(option: bool) -> &'static str {
+    if option {
+        "with"
+    } else {
+        "without"
+    }
+}
+
+fn made_under_compat(compat: bool) -> String {
+    format!("made {} musubi_compat", with(compat))
 }
 
 /// The recipe of a file, `None` where it has none, or why it cannot be read.

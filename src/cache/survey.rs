@@ -97,9 +97,10 @@ impl Survey {
         &self.config.entries[item.dataset]
     }
 
-    /// Latent files to make.
+    /// Latent files to make; a video whose clips are not known yet counts as one at least.
     pub fn latents_to_make(&self) -> usize {
-        let to_make = |e: &ItemEntry| e.clips.iter().filter(|c| !c.state.is_usable()).count();
+        let known = |e: &ItemEntry| e.clips.iter().filter(|c| !c.state.is_usable()).count();
+        let to_make = |e: &ItemEntry| known(e).max(usize::from(!e.settled));
         self.entries.iter().filter(|e| e.fault.is_none()).map(to_make).sum()
     }
 
@@ -250,7 +251,13 @@ impl Survey {
             Err(why) => return (Freshness::Stale(why), None),
         };
         let dtype = format::dtype_name(o.text_dtype).unwrap_or_default();
-        let wish = TextWish { caption, umt5: o.umt5.as_deref(), tokenizer: o.tokenizer.as_deref(), dtype };
+        let wish = TextWish {
+            caption,
+            umt5: o.umt5.as_deref(),
+            tokenizer: o.tokenizer.as_deref(),
+            dtype,
+            musubi_compat: o.musubi_compat,
+        };
         let state = match recipe.difference(&wish) {
             Some(why) => Freshness::Stale(why),
             None => intact(recipe::check_payload(path, &recipe.stamp, |n| format::base_key(n) == "varlen_t5")),

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 
 use super::fingerprint::sha256_hex;
 use super::format::{self, FormatError};
-use super::latents::{stopped, Lazy};
+use super::latents::{say_stopped, Lazy};
 use super::recipe::{Freshness, Stamp, TextRecipe};
 use super::survey::{Outcome, Survey};
 use crate::fsio;
@@ -49,7 +49,7 @@ struct Group {
 }
 
 /// Makes every caption file that is missing, stale or torn, and writes the results into the survey. `stop` is looked at
-/// between batches: what is finished then stays.
+/// between batches: what is finished then stays, and the call returns.
 pub fn cache_text(
     survey: &mut Survey,
     models: TextModels<'_>,
@@ -96,6 +96,7 @@ pub fn cache_text(
                 umt5: fingerprint.clone(),
                 tokenizer: tokenizer_fingerprint.clone(),
                 dtype: format::dtype_name(survey.options.text_dtype).unwrap_or_default().to_string(),
+                musubi_compat: survey.options.musubi_compat,
                 tokens: tokens.full,
             };
             for &e in &group.entries {
@@ -111,7 +112,8 @@ pub fn cache_text(
         }
     }
     drop(task);
-    stopped(stop, done, total, "captions")
+    say_stopped(progress, stop, done, total, "captions");
+    Ok(())
 }
 
 /// The first file that has this caption, for messages.

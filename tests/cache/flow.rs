@@ -116,6 +116,7 @@ fn changed_media_make_latents_stale() {
 fn changed_captions_make_texts_stale() {
     assert_stale(CAT_TEXT, "the caption has changed", |k| fs::write(k.path("pictures/a_cat.txt"), "a lion").unwrap());
     assert_stale(CAT_TEXT, "another text encoder", |k| k.options.umt5 = Some("umt5 two".into()));
+    assert_stale(CAT_TEXT, "made without musubi_compat", |k| k.options.musubi_compat = true);
     assert_stale(CAT_TEXT, "another tokenizer", |k| k.options.tokenizer = Some("tokenizer two".into()));
 }
 
@@ -275,12 +276,12 @@ fn damaged_media_are_listed_together_and_may_be_left_out() {
 }
 
 #[test]
-fn a_stopped_run_says_how_to_go_on_and_goes_on() {
+fn a_stopped_run_leaves_the_rest_and_the_next_goes_on() {
     let kitchen = Kitchen::new();
     kitchen.stop.store(true, Ordering::Relaxed);
     let meal = kitchen.cook();
-    assert!(meal.error().contains("caching was stopped after 0 of 3 files"), "{}", meal.error());
-    assert!(meal.error().contains("run the same command again"));
+    assert!(meal.error().contains("7 files of the dataset cannot be trained on"), "{}", meal.error());
+    assert_eq!(kitchen.cache_files().len(), 0);
     assert!(meal.row("dog.png").contains("not ready"), "{}", meal.table());
     kitchen.stop.store(false, Ordering::Relaxed);
     kitchen.cook().ok();

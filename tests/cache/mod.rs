@@ -4,5 +4,6 @@ mod files;
 mod flow;
 mod kill;
 mod kitchen;
+mod memory;
 mod recorded;
 mod variants;
