@@ -72,7 +72,6 @@ impl Prepared {
     pub fn table(&self, job: &Job) {
         let report = CacheReport::of(&self.scan, &self.survey);
         job.progress.say(&report.render());
-        job.progress.say(&report.totals());
     }
 
     pub fn dataset(&self) -> &DatasetConfig {
