@@ -70,8 +70,7 @@ impl Prepared {
 
     /// Each file used, dropped, why; with the totals.
     pub fn table(&self, job: &Job) {
-        let report = CacheReport::of(&self.scan, &self.survey);
-        job.progress.say(&report.render());
+        job.progress.say(&CacheReport::of(&self.scan, &self.survey).render());
     }
 
     pub fn dataset(&self) -> &DatasetConfig {

@@ -52,6 +52,8 @@ fn write(path: &Path, tensors: BTreeMap<String, Tensor>) -> anyhow::Result<()> {
 
 /// The pictures, the clip, their captions; the dataset file comes last, so that it stands for all of them.
 fn unpack(dir: &Path) -> anyhow::Result<()> {
+    // Absolute, so that the dataset file means the same from any directory.
+    let here = std::path::absolute(dir)?.to_string_lossy().replace('\\', "/");
     let (config, media): (Vec<_>, Vec<_>) =
         registry::files_under("demo").into_iter().partition(|(path, _)| path.ends_with(".toml"));
     let place = |path: &str| dir.join(path.strip_prefix("demo/").unwrap_or(path));
@@ -63,7 +65,6 @@ fn unpack(dir: &Path) -> anyhow::Result<()> {
         fsio::write_bytes(&to, bytes)?;
     }
     for (path, bytes) in config {
-        let here = dir.to_string_lossy().replace('\\', "/");
         let text = String::from_utf8_lossy(bytes).replace("{dir}", &here);
         fsio::write_bytes(&place(&path), text.as_bytes())?;
     }

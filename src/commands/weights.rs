@@ -9,6 +9,7 @@ use super::job::Job;
 use crate::checkpoint::LoraFile;
 use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
+use crate::fsio;
 use crate::hub;
 use crate::loader::{check_precision, load_dit, DitTable, Fp8, LoadOptions, LoraMerge, Source};
 use crate::report::Work;
@@ -38,16 +39,11 @@ pub fn load(job: &Job, config: &RunConfig, source: &Source) -> anyhow::Result<(W
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         ..LoadOptions::new(&job.model.arch, &config.task)
     };
-    const MB: u64 = 1 << 20;
-    let total = source.total_bytes().div_ceil(MB);
-    let mut task = job.progress.begin(Work { what: "loading the DiT", unit: "MB", start: 0, total });
-    let mut shown = 0;
-    let weights = load_dit(source, &options, &mut |progress| {
-        let done = (progress.done / MB).min(total);
-        task.advance(done.saturating_sub(shown), "");
-        shown = done.max(shown);
+    let total = source.keys().count() as u64;
+    let mut task = job.progress.begin(Work { what: "loading the DiT", unit: "tensor", start: 0, total });
+    let weights = load_dit(source, &options, &mut |read| {
+        task.advance(1, &format!("{} of {}", fsio::human(read.done), fsio::human(read.total)));
     })?;
-    task.advance(total.saturating_sub(shown), "");
     Ok(weights)
 }
 

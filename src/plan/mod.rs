@@ -10,7 +10,11 @@ pub use choose::{choose, Plan, Shortfall};
 pub use device::{available_ram, Budget};
 pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm};
 
-/// Bytes as GiB for people.
+/// Bytes as GiB for people; small models show more digits.
 pub fn gib(bytes: u64) -> String {
-    format!("{:.2}", bytes as f64 / (1u64 << 30) as f64)
+    let gib = bytes as f64 / (1u64 << 30) as f64;
+    match gib < 0.1 {
+        true => format!("{gib:.4}"),
+        false => format!("{gib:.2}"),
+    }
 }

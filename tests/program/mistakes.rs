@@ -60,7 +60,7 @@ fn datasets_that_are_not_there_or_empty_or_misspelled() {
     let general = "[general]\nresolution = [128, 96]\ncaption_extension = \".txt\"\n[[datasets]]\n";
     let missing =
         with_dataset(&bench, &format!("{general}image_directory = \"no-such-dir\"\ncache_directory = \"c\"\n"));
-    refused(&missing, 1, &["no-such-dir"]);
+    refused(&missing, 2, &["no-such-dir", "hint:"]);
     std::fs::create_dir(bench.path("void")).unwrap();
     let empty = with_dataset(&bench, &format!("{general}image_directory = \"void\"\ncache_directory = \"c\"\n"));
     refused(&empty, 1, &["void"]);
@@ -139,9 +139,9 @@ fn a_disk_that_is_full() {
     let command = bench.command("", &["--epochs", "1"]);
     let program = command.get_program().to_string_lossy().into_owned();
     let args: Vec<String> = command.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
-    let line = format!("trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\"");
+    let line = "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\"";
     let out = std::process::Command::new("bash")
-        .args(["-c", &line, &program])
+        .args(["-c", line, &program])
         .args(&args)
         .current_dir(bench.path("."))
         .output()
