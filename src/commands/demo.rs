@@ -2,7 +2,7 @@
 //! Wan-shaped DiT, VAE and umT5, and the pictures and the clip that are embedded in the program.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use wan_models::umt5::{self, Umt5Config};
@@ -10,33 +10,38 @@ use wan_models::vae::{random_vae, VaeArch};
 use wan_models::wan::{cast_all, random_weights};
 
 use super::job::Job;
-use crate::config::registry;
+use crate::config::{registry, Layer};
 use crate::fsio::{self, TensorOut};
 
 /// The task that this module serves.
 pub const TASK: &str = "demo";
 const SEED: u64 = 7;
 
-/// Writes what is missing; what is there already stays as it is.
+/// Writes what is missing of the files that the template names; what is there already stays as it is, and what the user
+/// names is the user's.
 pub fn prepare(job: &Job) -> anyhow::Result<()> {
     let c = &job.config;
-    if let Some(path) = c.dit.as_deref().filter(|p| !p.exists()) {
+    let missing = |option: &str, path: &'_ Option<PathBuf>| -> Option<PathBuf> {
+        let ours = matches!(job.resolved.origin.get(option), Some(Layer::Template(_)));
+        path.clone().filter(|p| ours && !p.exists())
+    };
+    if let Some(path) = missing("dit", &c.dit) {
         job.progress.say("making the demo's models: small, of random weights");
-        write(path, cast_all(&random_weights(&job.model.arch, SEED)?, DType::BF16)?)?;
+        write(&path, cast_all(&random_weights(&job.model.arch, SEED)?, DType::BF16)?)?;
     }
-    if let Some(path) = c.vae.as_deref().filter(|p| !p.exists()) {
+    if let Some(path) = missing("vae", &c.vae) {
         let small = VaeArch { base_dim: 8, dec_dim: 8, ..VaeArch::wan21() };
-        write(path, random_vae(&small, SEED)?)?;
+        write(&path, random_vae(&small, SEED)?)?;
     }
-    if let Some(path) = c.t5.as_deref().filter(|p| !p.exists()) {
+    if let Some(path) = missing("t5", &c.t5) {
         let width = job.model.arch.text_dim;
         // The vocabulary is the real one, so that the real tokenizer's ids fit.
         let small =
             Umt5Config { dim: width, dim_attn: width, dim_ffn: 2 * width, heads: 3, layers: 2, ..Umt5Config::xxl() };
         let tensors: HashMap<String, Tensor> = umt5::random::weights(&small, SEED, DType::BF16)?;
-        write(path, tensors.into_iter().collect())?;
+        write(&path, tensors.into_iter().collect())?;
     }
-    match c.dataset_config.as_deref().filter(|p| !p.exists()).and_then(Path::parent) {
+    match missing("dataset_config", &c.dataset_config).as_deref().and_then(Path::parent) {
         Some(dir) => unpack(dir),
         None => Ok(()),
     }

@@ -9,7 +9,7 @@ use wan_kernels::Exec;
 use wan_models::arch::{ModelConfig, Role};
 
 use super::demo;
-use crate::config::{registry, Layer, Resolved, RunConfig, Typed};
+use crate::config::{registry, Resolved, RunConfig, Typed};
 use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
 use crate::error::UserError;
 use crate::hub;
@@ -34,11 +34,8 @@ impl Job {
             .ok_or_else(|| UserError::usage(format!("task {} has no architecture file", config.task)))?;
         let model = ModelConfig::from_toml(text)?;
         let progress = report::for_stderr();
-        for note in &resolved.notes {
-            progress.say(&format!("note: {note}"));
-        }
         let job = Self { config, resolved, model, progress, stop: Arc::default() };
-        if job.config.task == demo::TASK && !matches!(job.resolved.origin.get("dit"), Some(Layer::Flag)) {
+        if job.config.task == demo::TASK {
             demo::prepare(&job)?;
         }
         Ok(job)

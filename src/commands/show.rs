@@ -42,7 +42,6 @@ pub fn show(name: Option<&str>, mut typed: Typed, json: bool) -> anyhow::Result<
         let origin = resolved.origin.get(opt.name).unwrap_or(&Layer::Default);
         writeln!(out, "  {:<36} {:<44} {}", opt.name, value, origin)?;
     }
-    resolved.notes.iter().try_for_each(|note| writeln!(out, "note: {note}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,6 +1,6 @@
 //! The text encoder and its tokenizer, as caching wants them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -64,7 +64,7 @@ struct Encoder {
 }
 
 impl Encoder {
-    fn load(job: &Job, path: &PathBuf) -> anyhow::Result<Self> {
+    fn load(job: &Job, path: &Path) -> anyhow::Result<Self> {
         let file = Keyed::open(path, "the text encoder", official_key)?;
         let bytes = file.source().total_bytes();
         let source = FileSource(file);

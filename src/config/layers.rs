@@ -49,15 +49,13 @@ pub struct Typed {
 pub struct Resolved {
     pub config: RunConfig,
     pub origin: BTreeMap<&'static str, Layer>,
-    /// Sentences that the user should read once (ignored table names, replaced values).
-    pub notes: Vec<String>,
 }
 
 /// Lays the layers over each other and works out the derived values. `stamp` is the `YYYYmmdd_HHMM` of the run.
 pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
     let mut stack = Stack::default();
     let file = match &typed.config_file {
-        Some(path) => Some((path.clone(), file_layer(path, &mut stack.notes)?)),
+        Some(path) => Some((path.clone(), file_layer(path)?)),
         None => None,
     };
     let mut flags = Map::new();
@@ -70,7 +68,7 @@ pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
         value.and_then(Value::as_str).map(str::to_owned)
     };
     if let Some(name) = asked("template") {
-        let (short, layer) = template_layer(&name, asked("noise_level").as_deref(), &mut stack.notes)?;
+        let (short, layer) = template_layer(&name, asked("noise_level").as_deref())?;
         stack.lay(layer, &Layer::Template(short));
     }
     if let Some((path, layer)) = file {
@@ -84,7 +82,6 @@ pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
 struct Stack {
     values: Map<String, Value>,
     origin: BTreeMap<&'static str, Layer>,
-    notes: Vec<String>,
 }
 
 impl Stack {
@@ -103,7 +100,7 @@ impl Stack {
         };
         all.extend(self.values);
         let config: RunConfig = serde_json::from_value(Value::Object(all)).context("resolving the options")?;
-        let mut resolved = Resolved { config, origin: self.origin, notes: self.notes };
+        let mut resolved = Resolved { config, origin: self.origin };
         derive(&mut resolved, stamp);
         validate(&resolved.config)?;
         Ok(resolved)
@@ -153,16 +150,12 @@ fn derive(r: &mut Resolved, stamp: &str) {
 }
 
 /// Reads a template with its ancestors and its part for the noise level into one flat layer.
-fn template_layer(
-    name: &str,
-    noise_level: Option<&str>,
-    notes: &mut Vec<String>,
-) -> anyhow::Result<(String, Map<String, Value>)> {
+fn template_layer(name: &str, noise_level: Option<&str>) -> anyhow::Result<(String, Map<String, Value>)> {
     let short = match name.strip_suffix(".toml") {
         Some(path) => Path::new(path).file_name().map_or(name.into(), |s| s.to_string_lossy().into_owned()),
         None => name.to_owned(),
     };
-    let (layer, has_levels) = template_chain(name, noise_level, notes, 0)?;
+    let (layer, has_levels) = template_chain(name, noise_level, 0)?;
     match (has_levels, noise_level) {
         (true, None) => Err(UserError::usage(format!(
             "template {short} trains one of the two Wan 2.2 experts and needs to know which"
@@ -179,12 +172,7 @@ fn template_layer(
 }
 
 /// A template laid over the one it extends; the flag tells whether any of them has parts per noise level.
-fn template_chain(
-    name: &str,
-    noise_level: Option<&str>,
-    notes: &mut Vec<String>,
-    depth: usize,
-) -> anyhow::Result<(Map<String, Value>, bool)> {
+fn template_chain(name: &str, noise_level: Option<&str>, depth: usize) -> anyhow::Result<(Map<String, Value>, bool)> {
     const DEEPEST: usize = 8;
     if depth > DEEPEST {
         return Err(UserError::usage(format!("template {name} extends itself")).into());
@@ -196,13 +184,13 @@ fn template_chain(
     let mut table = parse_toml(&text, name)?;
     table.remove("description");
     let (mut map, inherited) = match table.remove("extends") {
-        Some(toml::Value::String(parent)) => template_chain(&parent, noise_level, notes, depth + 1)?,
+        Some(toml::Value::String(parent)) => template_chain(&parent, noise_level, depth + 1)?,
         Some(other) => {
             return Err(UserError::usage(format!("{name}: `extends` names another template, not {other}")).into())
         }
         None => (Map::new(), false),
     };
-    let levels = split_levels(table, name, &text, noise_level, &mut map, notes)?;
+    let levels = split_levels(table, name, &text, noise_level, &mut map)?;
     Ok((map, inherited || levels))
 }
 
@@ -213,25 +201,24 @@ fn split_levels(
     text: &str,
     noise_level: Option<&str>,
     into: &mut Map<String, Value>,
-    notes: &mut Vec<String>,
 ) -> anyhow::Result<bool> {
     let parts: Vec<(&str, toml::Value)> =
         ["high", "low"].into_iter().filter_map(|k| table.remove(k).map(|v| (k, v))).collect();
     let has = !parts.is_empty();
-    into.extend(check_table(table, name, text, notes)?);
+    into.extend(check_table(table, name, text)?);
     for (level, part) in parts {
         if let (toml::Value::Table(part), true) = (part, noise_level == Some(level)) {
-            into.extend(check_table(part, name, text, notes)?);
+            into.extend(check_table(part, name, text)?);
         }
     }
     Ok(has)
 }
 
-fn file_layer(path: &Path, notes: &mut Vec<String>) -> anyhow::Result<Map<String, Value>> {
+fn file_layer(path: &Path) -> anyhow::Result<Map<String, Value>> {
     let with_suffix = path.with_extension("toml");
     let path = if path.exists() { path } else { &with_suffix };
     let text = read_file(path, "configuration file")?;
-    check_table(parse_toml(&text, &path.display().to_string())?, &path.display().to_string(), &text, notes)
+    check_table(parse_toml(&text, &path.display().to_string())?, &path.display().to_string(), &text)
 }
 
 fn read_file(path: &Path, what: &str) -> Result<String, UserError> {
@@ -254,19 +241,14 @@ pub fn line_column(text: &str, offset: usize) -> (usize, usize) {
 }
 
 /// Known names and right types only. Table names mean nothing (as in the old trainer): tables are flattened.
-fn check_table(
-    table: toml::Table,
-    name: &str,
-    text: &str,
-    notes: &mut Vec<String>,
-) -> anyhow::Result<Map<String, Value>> {
+fn check_table(table: toml::Table, name: &str, text: &str) -> anyhow::Result<Map<String, Value>> {
     let mut map = Map::new();
     for (key, value) in table {
         match (find(&key), value) {
             (Some(opt), value) => {
                 map.insert(opt.name.into(), from_toml(opt, &value, name)?);
             }
-            (None, toml::Value::Table(inner)) => map.extend(check_table(inner, name, text, notes)?),
+            (None, toml::Value::Table(inner)) => map.extend(check_table(inner, name, text)?),
             (None, _) => {
                 let line = text.lines().position(|l| l.trim_start().starts_with(&key)).map_or(0, |l| l + 1);
                 return Err(unknown(&format!("{name}, line {line}: unknown key `{key}`"), &key).into());

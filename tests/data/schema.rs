@@ -213,6 +213,6 @@ fn the_examples_load() {
         assert_eq!(kinds, [Kind::Image, Kind::Video, Kind::Video]);
         assert!(config.entries.iter().all(|e| e.cache_directory.starts_with(place.dir.path())));
         assert_eq!(config.entries[1].target_frames, [1, 25, 45]);
-        assert_eq!(config.notes, [String::new(); 0], "{name}");
+        assert!(config.notes.is_empty(), "{name}: {:?}", config.notes);
     }
 }
