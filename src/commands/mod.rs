@@ -9,6 +9,7 @@ mod save;
 mod show;
 mod text;
 mod train;
+mod verify;
 mod watch;
 mod weights;
 
@@ -26,7 +27,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Train(typed) => train::run(&Job::new(&typed)?),
         Invocation::Plan(typed) => plan::run(&Job::new(&typed)?),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
-        Invocation::Verify { .. } => anyhow::bail!("this build has no reference numbers"),
+        Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
     }
 }
 
