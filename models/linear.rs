@@ -25,7 +25,7 @@ pub enum Weight {
 }
 
 impl Weight {
-    /// e4m3fn codes `[o, i]` (u8) and their scales, by block `[o, i/64, 1]`, by row `[o, 1]` or for all `[]`.
+    /// e4m3fn codes `[o, i]` (u8) and their scales, by block `[o, i/64, 1]`, by row `[o, 1]` or for all `[]` or `[1]`.
     pub fn scaled(codes_oi: Tensor, scale: Tensor) -> Result<Self> {
         Ok(Weight::Fp8(fp8::Weight::new(codes_oi, scale)?))
     }

@@ -279,7 +279,7 @@ fn scaled_fp8_files_are_used_exactly() {
                     let Weight::Fp8(w) = &l.weight else { panic!("{name} is not scaled") };
                     let (q, scale) = (w.codes_oi(), w.scale());
                     assert_eq!(&bytes(q), want_codes, "{name}");
-                    assert_eq!(scale.to_scalar::<f32>().unwrap(), *want_scale, "{name}");
+                    assert_eq!(scale.to_vec1::<f32>().unwrap(), [*want_scale], "{name}");
                 }
                 assert_eq!(b.modulation.dtype(), DType::F16);
             }
@@ -319,7 +319,7 @@ fn plain_fp8_files_keep_their_codes_and_widen_the_rest() {
     let Weight::Fp8(w) = &blocks[2].ffn_2.weight else { panic!("not kept as codes") };
     let (q, scale) = (w.codes_oi(), w.scale());
     assert_eq!(bytes(q), bytes(&cast["blocks.2.ffn.2.weight"]));
-    assert_eq!(scale.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap(), 1.0);
+    assert_eq!(scale.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [1.0]);
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(blocks[0].modulation.dtype(), DType::BF16);
     assert_eq!(values(&blocks[0].modulation), values(&cast["blocks.0.modulation"]));
@@ -332,7 +332,7 @@ fn the_lossy_cast_of_compatibility_mode_touches_everything() {
     let options = LoadOptions { fp8: Fp8::Cast, ..LoadOptions::new(&arch, "demo") };
     let (rest, blocks) = load(&path, &options).unwrap();
     let Weight::Fp8(w) = &blocks[0].self_attn.q.weight else { panic!("not cast") };
-    assert_eq!(w.scale().to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap(), 1.0);
+    assert_eq!(w.scale().to_vec1::<f32>().unwrap(), [1.0]);
     assert_eq!(bytes(w.codes_oi()), bytes(&codes(&tensors["blocks.0.self_attn.q.weight"], 1.0)));
     assert!(matches!(rest.time_in.weight, Weight::Fp8(_)));
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
