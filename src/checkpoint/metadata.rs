@@ -102,6 +102,11 @@ pub fn build(cfg: &RunConfig, run: &RunFacts, now: &Moment) -> BTreeMap<String, 
         // What the old tool left unsaid, and people need to use the file.
         put("task", cfg.task.clone());
         put("fp8_scaled", boolean(cfg.fp8_scaled));
+        put("num_train_images", run.num_train_items.to_string());
+        if let Some(Value::Array(size)) = run.datasets.first().and_then(|d| d.get("resolution")) {
+            let sides: Vec<String> = size.iter().map(Value::to_string).collect();
+            put("resolution", format!("({})", sides.join(", ")));
+        }
         put("min_timestep", integer(&cfg.min_timestep));
         put("max_timestep", integer(&cfg.max_timestep));
         if let Some(expert) = &run.expert {

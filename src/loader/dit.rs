@@ -87,7 +87,10 @@ pub fn load_dit_by_block(
     // The getter's error type has no room for ours: it waits here.
     let mut failed = None;
     let mut get = |key: &str| {
-        let result = table.weight(source, options, key);
+        let result = table.weight(source, options, key).map_err(|e| match e.is::<UserError>() {
+            true => e,
+            false => e.context(format!("{}: {key} cannot be loaded", source.path().display())),
+        });
         done += table.tensors.get(key).and_then(|raw| source.byte_len(raw)).unwrap_or(0) as u64;
         progress(Progress { done, total });
         result.map_err(|e| {

@@ -21,7 +21,7 @@ pub struct Keyed {
 }
 
 impl Keyed {
-    /// Opens `path` for the model called `model` in messages. `name` gives the model's own name for a key of the file,
+    /// Opens `path` for the model called `model` in messages (with its article: "the VAE"). `name` gives the model's own name for a key of the file,
     /// or `None` for keys that are not the model's; it may keep suffixes such as `.scale_weight`.
     ///
     /// Errors: those of [`Source::open`]; a file in which nothing has a name; a quantisation that cannot be read.
@@ -44,10 +44,10 @@ impl Keyed {
         }
         if names.is_empty() {
             return Err(UserError::new(format!(
-                "{} is no {model}: it has none of its tensors",
+                "{} cannot be used as {model}: it has none of its tensors",
                 source.path().display()
             ))
-            .hint(format!("give the {model} file"))
+            .hint(format!("give the file of {model}"))
             .into());
         }
         Ok(Self { source, model, names, scales })
@@ -86,7 +86,8 @@ impl Keyed {
     /// Reads one tensor that must exist.
     pub fn get(&self, key: &str, device: &Device) -> Result<Tensor> {
         self.try_get(key, device)?.ok_or_else(|| {
-            UserError::new(format!("{} is no complete {}: {key} is missing", self.source.path().display(), self.model))
+            let path = self.source.path().display();
+            UserError::new(format!("{path} cannot be used as {}: {key} is missing", self.model))
                 .hint("download the file again, and compare its size with the one shown where it came from")
                 .into()
         })

@@ -41,6 +41,13 @@ fn bytes(t: &Tensor) -> Vec<u8> {
     TensorOut::of("t", t).unwrap().data.into_owned()
 }
 
+/// The one element of a tensor.
+fn number(t: &Tensor) -> f32 {
+    let all = t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(all.len(), 1);
+    all[0]
+}
+
 fn dense(w: &Weight) -> &Tensor {
     match w {
         Weight::Dense(t) => t,
@@ -279,7 +286,7 @@ fn scaled_fp8_files_are_used_exactly() {
                     let Weight::Fp8(w) = &l.weight else { panic!("{name} is not scaled") };
                     let (q, scale) = (w.codes_oi(), w.scale());
                     assert_eq!(&bytes(q), want_codes, "{name}");
-                    assert_eq!(scale.to_vec1::<f32>().unwrap(), [*want_scale], "{name}");
+                    assert_eq!(number(scale), *want_scale, "{name}");
                 }
                 assert_eq!(b.modulation.dtype(), DType::F16);
             }
@@ -309,6 +316,19 @@ fn another_quantisation_is_named() {
 }
 
 #[test]
+fn scales_of_an_unknown_layout_are_refused_with_the_tensor_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut tensors, arch) = golden("01_dit_t2v_b");
+    let key = "blocks.1.ffn.0.weight";
+    tensors.insert(key.into(), codes(&tensors[key], 1.0));
+    tensors.insert("blocks.1.ffn.0.scale_weight".into(), Tensor::ones((2, 3), DType::F32, &CPU).unwrap());
+    let path = dir.path().join("odd.safetensors");
+    write(&path, &tensors);
+    let err = format!("{:#}", load(&path, &LoadOptions::new(&arch, "demo")).unwrap_err());
+    assert!(err.contains(key) && err.contains("odd.safetensors") && err.contains("[2, 3]"), "{err}");
+}
+
+#[test]
 fn plain_fp8_files_keep_their_codes_and_widen_the_rest() {
     let dir = tempfile::tempdir().unwrap();
     let (_, tensors, arch) = golden("01_dit_t2v_b");
@@ -319,7 +339,7 @@ fn plain_fp8_files_keep_their_codes_and_widen_the_rest() {
     let Weight::Fp8(w) = &blocks[2].ffn_2.weight else { panic!("not kept as codes") };
     let (q, scale) = (w.codes_oi(), w.scale());
     assert_eq!(bytes(q), bytes(&cast["blocks.2.ffn.2.weight"]));
-    assert_eq!(scale.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [1.0]);
+    assert_eq!(number(scale), 1.0);
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(blocks[0].modulation.dtype(), DType::BF16);
     assert_eq!(values(&blocks[0].modulation), values(&cast["blocks.0.modulation"]));
@@ -332,7 +352,7 @@ fn the_lossy_cast_of_compatibility_mode_touches_everything() {
     let options = LoadOptions { fp8: Fp8::Cast, ..LoadOptions::new(&arch, "demo") };
     let (rest, blocks) = load(&path, &options).unwrap();
     let Weight::Fp8(w) = &blocks[0].self_attn.q.weight else { panic!("not cast") };
-    assert_eq!(w.scale().to_vec1::<f32>().unwrap(), [1.0]);
+    assert_eq!(number(w.scale()), 1.0);
     assert_eq!(bytes(w.codes_oi()), bytes(&codes(&tensors["blocks.0.self_attn.q.weight"], 1.0)));
     assert!(matches!(rest.time_in.weight, Weight::Fp8(_)));
     let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -2,6 +2,7 @@
 
 mod dit;
 mod hostile;
+mod keyed;
 mod merge;
 mod source;
 pub mod torch_file;

@@ -161,3 +161,76 @@ fn fingerprints_tell_files_apart() {
     assert_ne!(print(&a), print(&b));
     assert_eq!(print(&a).len(), 32);
 }
+/// A state dict as `module.state_dict()` is saved: an ordered dict with attributes (`_metadata`), globals and strings
+/// that are stored once and referred to, a parameter, and two tensors in one storage.
+#[test]
+fn references_parameters_and_attributes_of_a_real_state_dict() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut p = vec![0x80, 2];
+    global(&mut p, "collections", "OrderedDict");
+    p.extend(b"q\x00)Rq\x01("); // memo 0: the class; memo 1: the dict
+    text(&mut p, "w");
+    global(&mut p, "torch._utils", "_rebuild_tensor_v2");
+    p.extend(b"q\x02((");
+    text(&mut p, "storage");
+    p.extend(b"q\x03");
+    global(&mut p, "torch", "FloatStorage");
+    p.extend(b"q\x04");
+    text(&mut p, "0");
+    text(&mut p, "cpu");
+    p.extend(b"q\x05K\x06tq\x06QK\x00K\x02K\x03\x86K\x03K\x01\x86\x89h\x00)Rtq\x07R"); // memo 6: the storage's id
+    text(&mut p, "parameter");
+    global(&mut p, "torch._utils", "_rebuild_parameter");
+    p.extend(b"(h\x02(h\x06QK\x02K\x02\x85K\x01\x85\x89h\x00)RtR\x88h\x00)RtR"); // the same storage, from 2 on
+    p.extend(b"u}("); // set both; the attributes of the ordered dict
+    text(&mut p, "_metadata");
+    p.extend(b"h\x00)Rub.");
+    let values: Vec<u8> = (0..6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    let path = put(dir.path(), "m.pth", &archive(p, vec![values]));
+    let source = Source::open(&path).unwrap();
+    assert_eq!(source.keys().collect::<Vec<_>>(), ["parameter", "w"]);
+    assert_eq!(source.read("w", &CPU).unwrap().to_vec2::<f32>().unwrap(), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
+    assert_eq!(source.read("parameter", &CPU).unwrap().to_vec1::<f32>().unwrap(), [2.0, 3.0]);
+}
+
+#[test]
+fn rows_and_pieces_equal_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let values: Vec<f32> = (0..35).map(|i| i as f32 * 0.5 - 4.0).collect();
+    let table = Tensor::from_vec(values.clone(), (7, 5), &CPU).unwrap();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let path = dir.path().join("t.safetensors");
+        write(&path, &[("t", table.to_dtype(dtype).unwrap())]);
+        let source = Source::open(&path).unwrap();
+        let rows = source.read_rows("t", &[6, 0, 6], &CPU).unwrap();
+        assert_eq!(rows.dtype(), dtype);
+        let rows = rows.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(rows, [&values[30..35], &values[0..5], &values[30..35]]);
+        assert_eq!(source.read_rows("t", &[], &CPU).unwrap().dims(), [0, 5]);
+        assert!(user_error(source.read_rows("t", &[7], &CPU)).contains("7 rows; row 7"));
+        let mut seen = Vec::new();
+        let done = source.for_each_piece("t", 8, &mut |first, part| {
+            assert_eq!(first, seen.len());
+            seen.extend_from_slice(part);
+            Ok(())
+        });
+        assert!(done.unwrap());
+        assert_eq!(seen, values);
+    }
+    let path = dir.path().join("ids.safetensors");
+    write(&path, &[("t", Tensor::new(&[1i64], &CPU).unwrap())]);
+    assert!(!Source::open(&path).unwrap().for_each_piece("t", 8, &mut |_, _| panic!("called")).unwrap());
+}
+
+#[test]
+fn e5m2_widens_to_fp16_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    // 1.0, -2.5, the smallest subnormal, infinity
+    let codes = [0x3c, 0xc1, 0x01, 0x7c];
+    let header = r#"{"w":{"dtype":"F8_E5M2","shape":[4],"data_offsets":[0,4]}}"#;
+    let path = put(dir.path(), "w.safetensors", &super::raw_safetensors(header, &codes));
+    let w = Source::open(&path).unwrap().read("w", &CPU).unwrap();
+    assert_eq!(w.dtype(), DType::F16);
+    let got = w.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(got, [1.0, -2.5, 2f32.powi(-16), f32::INFINITY]);
+}
