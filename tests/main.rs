@@ -6,5 +6,6 @@ mod golden_support;
 mod loader;
 mod program;
 mod report;
+mod sampler;
 mod tokenizer;
 mod train;

@@ -8,7 +8,7 @@
 mod arch;
 mod layers;
 mod net;
-mod random;
+pub(crate) mod random;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -65,7 +65,7 @@ fn distance(a: &Tensor, b: &Tensor) -> f32 {
 
 fn clip(arch: &VaeArch, frames: usize, h: usize, w: usize, seed: u64) -> Tensor {
     let side = arch.spatial_stride();
-    let v = random::Normals::new(seed, "clip").tensor(&[1, 3, frames, h * side, w * side], 0.0, 0.4).unwrap();
+    let v = random::seeded(seed, "clip", &[1, 3, frames, h * side, w * side], 0.0, 0.4).unwrap();
     v.clamp(-1.0, 1.0).unwrap()
 }
 
