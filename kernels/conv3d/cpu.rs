@@ -342,3 +342,29 @@ unsafe fn tile_avx2(taps: &[usize], weight: &[f32], from: &[f32]) -> [[f32; XB];
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_portable_tile_sums_what_the_vector_tile_sums() {
+        let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+        let taps: Vec<usize> = (0..45).map(|k| k * 7 % 50).collect();
+        let (weight, from) = (wave(taps.len() * OB, 0.7), wave(50 + XB, 0.3));
+        let portable = tile(false, &taps, &weight, &from);
+        for (j, row) in portable.iter().enumerate() {
+            for (x, &got) in row.iter().enumerate() {
+                let want: f64 =
+                    (0..taps.len()).map(|k| f64::from(weight[k * OB + j]) * f64::from(from[taps[k] + x])).sum();
+                assert!((f64::from(got) - want).abs() < 1e-5);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let vector = tile(true, &taps, &weight, &from);
+            let worst = portable.iter().flatten().zip(vector.iter().flatten()).map(|(a, b)| (a - b).abs());
+            assert!(worst.fold(0.0, f32::max) < 1e-5);
+        }
+    }
+}
