@@ -5,7 +5,7 @@
 //! | `latents_{F}x{h}x{w}_{dt}` | [c,F,h,w] | always |
 //! | `latents_image_{F}x{h}x{w}_{dt}` | [4+c,F,h,w]: mask, then first-frame latents | image-to-video |
 //! | `latents_control_{F}x{h}x{w}_{dt}` | [c,F,h,w] | a control picture or clip belongs to the item |
-//! | `clip_{dt of the latents}` | [tokens,width]; the values are fp16 whatever the name says | Wan 2.1 image-to-video |
+//! | `clip_{dt of the latents}` | [tokens,width], or [n,tokens,width] of n images; fp16 whatever the name says | Wan 2.1 image-to-video |
 //! | `f_indices_int32` | [n] | one-frame training |
 //! | `varlen_t5_{dt}` | [tokens,width], the end token included | caption files |
 //!
@@ -186,7 +186,8 @@ pub struct LatentInfo {
     /// Whether the first-frame conditioning is there.
     pub image: bool,
     pub control: bool,
-    pub clip: bool,
+    /// Images whose CLIP features are there.
+    pub clip_images: usize,
     keys: LatentKeys,
 }
 
@@ -221,19 +222,22 @@ impl LatentInfo {
                 return Err(torn(format!("{name} has shape {shape:?} beside latents of {:?}", [c, f, h, w])));
             }
         }
+        let mut clip_images = 0;
         if let Some(name) = &clip {
             let (dtype, shape) = &header.tensors[name];
             float(name, *dtype)?;
-            if !(2..=3).contains(&shape.len()) || shape.contains(&0) {
-                return Err(torn(format!("{name} has shape {shape:?}, wanted [tokens,width]")));
-            }
+            clip_images = match shape[..] {
+                [tokens, width] if tokens > 0 && width > 0 => 1,
+                [images, tokens, width] if tokens > 0 && width > 0 => images,
+                _ => return Err(torn(format!("{name} has shape {shape:?}, wanted [tokens,width]"))),
+            };
         }
         Ok(Self {
             shape: [c, f, h, w],
             dtype: *dtype,
             image: image.is_some(),
             control: control.is_some(),
-            clip: clip.is_some(),
+            clip_images,
             keys: LatentKeys { latents, image, control, clip },
         })
     }
@@ -275,7 +279,7 @@ pub struct LatentTensors {
     pub latents_image: Option<Tensor>,
     /// [c,F,h,w]
     pub latents_control: Option<Tensor>,
-    /// [tokens,width]
+    /// [tokens,width] of the first frame, or [2,tokens,width] of the first and the last
     pub clip: Option<Tensor>,
 }
 

@@ -59,7 +59,7 @@ pub struct ItemTensors {
     pub latents_image: Option<Tensor>,
     /// [c,F,h,w]
     pub control: Option<Tensor>,
-    /// [tokens,width], Wan 2.1 image-to-video only
+    /// [tokens,width], Wan 2.1 image-to-video only; [2,tokens,width] where the condition shows the last frame too
     pub clip: Option<Tensor>,
     /// [tokens,width]: rows of the caption, without padding
     pub context: Tensor,

@@ -333,11 +333,17 @@ impl Kitchen {
             Ok(t.squeeze(0)?.to_device(&Device::Cpu)?.to_dtype(options.vae_dtype)?.contiguous()?)
         };
         let latents = store(&encode_frames(&self.vae, &clip.frames, &self.device)?)?;
-        let first = self.vae.pixels(&frames_to_tensor(&clip.frames[..1], &self.device)?)?;
-        let latents_image = match (options.i2v, item.kind) {
+        let n = clip.frames.len();
+        let frame = |i: usize| -> Result<Tensor> {
+            Ok(self.vae.pixels(&frames_to_tensor(&clip.frames[i..i + 1], &self.device)?)?)
+        };
+        let empty = item.kind == Kind::Image && options.i2v_images_as_t2v;
+        let first = if empty { frame(0)?.zeros_like()? } else { frame(0)? };
+        let last = if options.last_frame && n > 1 { Some(frame(n - 1)?) } else { None };
+        let latents_image = match (options.i2v, empty) {
             (false, _) => None,
-            (true, Kind::Image) if options.i2v_images_as_t2v => Some(store(&empty_condition(&self.vae, &first)?)?),
-            (true, _) => Some(store(&self.vae.first_frame_condition(&first, clip.frames.len())?)?),
+            (true, true) => Some(store(&empty_condition(&self.vae, &first)?)?),
+            (true, false) => Some(store(&self.vae.condition(&first, last.as_ref(), n)?)?),
         };
         let latents_control = match &clip.control {
             None => None,
@@ -361,12 +367,13 @@ impl Kitchen {
         let clip_features = match &self.clip {
             None => None,
             Some((vision, _)) => {
-                let seen = match item.kind == Kind::Image && options.i2v_images_as_t2v {
-                    true => first.zeros_like()?,
-                    false => first.clone(),
+                let see = |t: &Tensor| -> Result<Tensor> {
+                    Ok(vision.encode(&t.squeeze(2)?.to_dtype(DType::F32)?)?.to_device(&Device::Cpu)?)
                 };
-                let features = vision.encode(&seen.squeeze(2)?.to_dtype(DType::F32)?)?;
-                Some(features.squeeze(0)?.to_device(&Device::Cpu)?)
+                Some(match options.last_frame {
+                    true => Tensor::cat(&[see(&first)?, see(last.as_ref().unwrap_or(&first))?], 0)?,
+                    false => see(&first)?.squeeze(0)?,
+                })
             }
         };
         let tensors = LatentTensors { latents, latents_image, latents_control, clip: clip_features };
@@ -420,9 +427,9 @@ pub fn encode_frames(vae: &Vae, frames: &[Arc<RgbImage>], device: &Device) -> Re
 }
 
 /// The first-frame condition of a picture that is to be learnt as text-to-video: mask 0, and the latents of mid-grey.
-/// `first` is [1,3,1,H,W]; the result [1,4+c,1,h,w].
-fn empty_condition(vae: &Vae, first: &Tensor) -> Result<Tensor> {
-    let grey = vae.encode(&first.zeros_like()?)?;
+/// `grey` is [1,3,1,H,W] of zeros; the result [1,4+c,1,h,w].
+fn empty_condition(vae: &Vae, grey: &Tensor) -> Result<Tensor> {
+    let grey = vae.encode(grey)?;
     let (b, _, f, h, w) = grey.dims5()?;
     let mask = Tensor::zeros((b, 4, f, h, w), grey.dtype(), grey.device())?;
     Ok(Tensor::cat(&[&mask, &grey], 1)?)

@@ -35,6 +35,8 @@ pub struct CacheOptions {
     pub text_dtype: DType,
     /// Store the first-frame condition, as image-to-video models need it (not TI2V-5B).
     pub i2v: bool,
+    /// The condition shows the last frame too, and CLIP features are those of both (first-last-frame-to-video).
+    pub last_frame: bool,
     /// Pictures get the condition of an empty frame instead of themselves.
     pub i2v_images_as_t2v: bool,
     /// Store CLIP features (Wan 2.1 image-to-video).
@@ -61,6 +63,7 @@ impl CacheOptions {
             vae_dtype: DType::BF16,
             text_dtype: DType::BF16,
             i2v: false,
+            last_frame: false,
             i2v_images_as_t2v: false,
             clip: false,
             musubi_compat: false,

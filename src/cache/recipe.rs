@@ -107,6 +107,8 @@ pub struct LatentSettings {
     pub dtype: String,
     /// Whether the first-frame condition is stored.
     pub i2v: bool,
+    /// Whether that condition shows the last frame as well.
+    pub last_frame: bool,
     /// Pictures only: the condition is that of an empty frame.
     pub images_as_t2v: bool,
     /// The old trainer's rules for pixels and constants.
@@ -155,6 +157,9 @@ impl LatentRecipe {
         }
         if now.i2v && !was.i2v {
             return Some("made without the first-frame condition that image-to-video needs".to_string());
+        }
+        if now.i2v && was.last_frame != now.last_frame {
+            return Some(format!("made {} the last frame in its condition", with(was.last_frame)));
         }
         if now.i2v && was.images_as_t2v != now.images_as_t2v {
             return Some(format!("made {} i2v_images_as_t2v", with(was.images_as_t2v)));

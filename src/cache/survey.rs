@@ -152,6 +152,7 @@ impl Survey {
             source_fps: self.dataset(item).source_fps,
             dtype: format::dtype_name(o.vae_dtype)?.to_string(),
             i2v: o.i2v,
+            last_frame: o.i2v && o.last_frame && span.frames > 1,
             images_as_t2v: o.i2v && o.i2v_images_as_t2v && item.kind == Kind::Image,
             musubi_compat: o.musubi_compat,
         })
@@ -172,9 +173,10 @@ impl Survey {
         if info.shape != wanted {
             return Freshness::Stale(format!("holds latents of shape {:?}, wanted {wanted:?}", info.shape));
         }
+        let clip_images = if o.last_frame { 2 } else { 1 };
         let lacking = [
             (o.i2v && !info.image, "the first-frame condition that image-to-video needs"),
-            (o.clip && !info.clip, "the CLIP features that this task needs"),
+            (o.clip && info.clip_images != clip_images, "the CLIP features that this task needs"),
             (!item.controls.is_empty() && !info.control, "the latents of its control"),
         ];
         if let Some((_, what)) = lacking.iter().find(|(lacks, _)| *lacks) {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use wan_kernels::Exec;
-use wan_models::arch::{Role, VaeKind};
+use wan_models::arch::{Conditioning, Role, VaeKind};
 use wan_models::clip::{ClipArch, ClipVision};
 use wan_models::vae::{Vae, VaeArch, VaeOptions};
 
@@ -103,6 +103,7 @@ fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
     Ok(CacheOptions {
         vae_dtype: dtype(&c.vae_dtype),
         i2v,
+        last_frame: job.model.conditioning == Conditioning::FirstLastFrame,
         i2v_images_as_t2v: c.i2v_images_as_t2v,
         clip,
         musubi_compat: c.musubi_compat,

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use image::{Rgb, RgbImage};
 use tempfile::TempDir;
 use wan_kernels::Exec;
+use wan_models::clip::{random_clip, ClipArch, ClipVision};
 use wan_models::vae::{random_vae, Vae, VaeArch, VaeOptions};
 use wan_train::cache::{
     cache_latents, cache_text, CacheOptions, CacheReport, CaptionTokens, LatentGeometry, LatentModels, Lazy, Survey,
@@ -30,6 +31,8 @@ pub struct Kitchen {
     /// Weights of the VAE; change them to spoil it.
     pub weights: BTreeMap<String, Tensor>,
     pub models: bool,
+    /// Whether CLIP weights are at hand.
+    pub with_clip: bool,
     pub vae_loads: Cell<usize>,
     pub encoded_captions: Cell<usize>,
 }
@@ -81,6 +84,18 @@ pub fn tiny_arch() -> VaeArch {
     }
 }
 
+pub fn tiny_clip() -> ClipArch {
+    ClipArch { image_size: 28, dim: 16, mlp_dim: 32, num_heads: 2, num_layers: 2, ..ClipArch::vit_h14() }
+}
+
+pub fn load_clip(at_hand: bool) -> Result<ClipVision> {
+    if !at_hand {
+        bail!("no model should be needed");
+    }
+    let weights = random_clip(&tiny_clip(), 3)?;
+    Ok(ClipVision::load(tiny_clip(), &Device::Cpu, DType::F32, &mut |k| Ok(weights.get(k).cloned()))?)
+}
+
 /// A picture whose every pixel depends on its place and the seed.
 pub fn picture(width: u32, height: u32, seed: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
@@ -129,6 +144,7 @@ impl Kitchen {
             stop: AtomicBool::new(false),
             weights: random_vae(&tiny_arch(), 5).unwrap(),
             models: true,
+            with_clip: false,
             vae_loads: Cell::new(0),
             encoded_captions: Cell::new(0),
         }
@@ -166,7 +182,14 @@ impl Kitchen {
 
     pub fn latent_models(&self) -> LatentModels<'_> {
         let fingerprint = self.options.vae.clone().unwrap_or_default();
-        LatentModels { vae: Lazy { fingerprint, load: Box::new(|| self.load_vae()) }, clip: None }
+        let clip = Lazy {
+            fingerprint: self.options.clip_vision.clone().unwrap_or_default(),
+            load: Box::new(|| load_clip(self.models)),
+        };
+        LatentModels {
+            vae: Lazy { fingerprint, load: Box::new(|| self.load_vae()) },
+            clip: self.with_clip.then_some(clip),
+        }
     }
 
     pub fn cook(&self) -> Meal {

@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use wan_train::cache::index::load_latents;
 use wan_train::cache::recipe::Freshness;
 
-use super::kitchen::{picture, Kitchen};
+use super::kitchen::{load_clip, picture, Kitchen};
 
 const CAT: &str = "cache/pictures/a_cat_0064x0048_wan.safetensors";
 const DOG: &str = "cache/pictures/dog_0040x0040_wan.safetensors";
@@ -51,6 +51,71 @@ fn image_to_video_stores_the_first_frame() {
 
     // What image-to-video needs, text-to-video leaves alone.
     kitchen.options.i2v = false;
+    kitchen.models = false;
+    kitchen.cook().ok();
+}
+
+fn features(kitchen: &Kitchen, file: &str) -> Tensor {
+    load_latents(&kitchen.path(file)).unwrap().clip.unwrap()
+}
+
+#[test]
+fn wan_2_1_image_to_video_stores_clip_features() {
+    let mut kitchen = Kitchen::new();
+    kitchen.cook().ok();
+    kitchen.options.i2v = true;
+    kitchen.options.clip = true;
+    kitchen.options.clip_vision = Some("clip one".into());
+    assert!(kitchen.cook().error().contains("no CLIP weights are given"));
+    kitchen.with_clip = true;
+    let meal = kitchen.cook().ok();
+    assert!(meal.row("a_cat.png").contains("lacks the first-frame condition"), "{}", meal.table());
+    let cat = features(&kitchen, CAT);
+    assert_eq!((cat.dims(), cat.dtype()), (&[5, 16][..], DType::F16));
+    // What the file holds is what the tower makes of the pixels in [-1,1].
+    let pixels: Vec<f32> =
+        frame(&kitchen, "frames/walk/000.png").into_iter().map(|v| f32::from(v) / 127.5 - 1.0).collect();
+    let pixels = Tensor::from_vec(pixels, (1, 32, 48, 3), &Device::Cpu).unwrap().permute((0, 3, 1, 2)).unwrap();
+    let expected = load_clip(true).unwrap().encode(&pixels.contiguous().unwrap()).unwrap().squeeze(0).unwrap();
+    let expected = values(&expected.to_dtype(DType::F16).unwrap());
+    let error = values(&features(&kitchen, WALK)).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(error <= 2e-3, "{error}: more than a rounding of fp16");
+
+    kitchen.options.clip_vision = Some("clip two".into());
+    let (_, survey) = kitchen.survey();
+    let stale = |s: &Freshness| matches!(s, Freshness::Stale(why) if why == "made with another CLIP");
+    assert!(survey.entries.iter().flat_map(|e| &e.clips).all(|c| stale(&c.state)));
+}
+
+fn frame(kitchen: &Kitchen, file: &str) -> Vec<u8> {
+    image::open(kitchen.path(file)).unwrap().to_rgb8().into_raw()
+}
+
+#[test]
+fn first_last_frame_to_video_stores_both_ends() {
+    let mut kitchen = Kitchen::new();
+    kitchen.options.i2v = true;
+    kitchen.options.clip = true;
+    kitchen.options.clip_vision = Some("clip one".into());
+    kitchen.options.vae_dtype = DType::F32;
+    kitchen.with_clip = true;
+    kitchen.cook().ok();
+    let (one, first) = (features(&kitchen, WALK), load_latents(&kitchen.path(WALK)).unwrap().latents_image.unwrap());
+    kitchen.options.last_frame = true;
+    let meal = kitchen.cook().ok();
+    assert!(meal.row("frames/walk").contains("2 cached"), "{}", meal.table());
+    let both = features(&kitchen, WALK);
+    assert_eq!(both.dims(), [2, 5, 16]);
+    assert_eq!(values(&both.get(0).unwrap()), values(&one));
+    assert_ne!(values(&both.get(1).unwrap()), values(&one));
+    let image = load_latents(&kitchen.path(WALK)).unwrap().latents_image.unwrap();
+    let column =
+        |t: &Tensor, f: usize| -> Vec<f32> { (0..4).map(|c| values(&t.get(c).unwrap().get(f).unwrap())[0]).collect() };
+    assert_eq!((column(&image, 0), column(&image, 1)), (vec![1.0; 4], vec![0.0, 0.0, 0.0, 1.0]));
+    assert_eq!((column(&first, 0), column(&first, 1)), (vec![1.0; 4], vec![0.0; 4]));
+    // A picture is its own first and last frame.
+    let cat = features(&kitchen, CAT);
+    assert_eq!(values(&cat.get(0).unwrap()), values(&cat.get(1).unwrap()));
     kitchen.models = false;
     kitchen.cook().ok();
 }
