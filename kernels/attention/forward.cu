@@ -1,0 +1,206 @@
+// Flash attention, forward, for every card from sm_80 on (mma.sync + cp.async).
+//
+//   o = softmax(scale * q k^T) v      lse = log(sum(exp(scale * q k^T)))      q,o [b,l,n,h]  k,v [b,m,n,h]  lse [b,n,l]
+//
+// One block owns ROWS query rows of one head and walks over the keys in tiles of KEYS; scores live in registers only.
+// K and V have one buffer each: V of a tile arrives while S is computed, K of the next tile while O is updated.
+// Softmax in fp32 and base 2, scale folded into the exponent's multiply-add.
+#include "../common/mma.cuh"
+
+namespace wan {
+
+template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionForward {
+  static constexpr int kThreads = WARPS * 32;
+  static constexpr int kRowTiles = ROWS / (WARPS * 16); // 16-row tiles of one warp
+  static constexpr int kKeyTiles = KEYS / 8;
+  static constexpr int kHeadTiles = HEAD / 8;
+  static constexpr int kSharedBytes = (ROWS + 2 * KEYS) * HEAD * 2;
+  static_assert(ROWS % (WARPS * 16) == 0 && KEYS % 16 == 0 && HEAD % 64 == 0, "tile shape");
+
+  static __device__ void run(const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
+                             T *__restrict__ o, float *__restrict__ lse, int l, int m, int heads, float scale) {
+    using H = Half16<T>;
+    using HeadTile = Tile<HEAD>;
+    extern __shared__ __align__(128) unsigned char shared[];
+    const uint32_t q_s = smem_address(shared);
+    const uint32_t k_s = q_s + ROWS * HEAD * 2;
+    const uint32_t v_s = k_s + KEYS * HEAD * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int row0 = blockIdx.x * ROWS, head = blockIdx.y, batch = blockIdx.z;
+    const long stride = static_cast<long>(heads) * HEAD;
+    q += (static_cast<long>(batch) * l + row0) * stride + head * HEAD;
+    o += (static_cast<long>(batch) * l + row0) * stride + head * HEAD;
+    k += static_cast<long>(batch) * m * stride + head * HEAD;
+    v += static_cast<long>(batch) * m * stride + head * HEAD;
+
+    HeadTile::template load<ROWS, kThreads>(q_s, q, stride, l - row0);
+    HeadTile::template load<KEYS, kThreads>(k_s, k, stride, m);
+    cp_async_commit();
+
+    float o_acc[kRowTiles][kHeadTiles][4] = {};
+    float row_max[kRowTiles][2], row_sum[kRowTiles][2];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_max[i][r] = -INFINITY, row_sum[i][r] = 0.f;
+    const float scale_log2 = scale * 1.44269504088896340736f;
+
+    // ldmatrix lane addresses. Q (A operand): rows lane%16, chunk lane/16. K (B, stored key-major): keys
+    // lane%8 + 8*(lane/16), chunk (lane/8)%2. V (B, transposed on load): keys lane%16, chunk lane/16.
+    const int a_row = lane & 15, a_chunk = lane >> 4;
+    const int b_row = (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
+    const int warp_row = warp * kRowTiles * 16;
+
+    const int tiles = (m + KEYS - 1) / KEYS;
+    for (int tile = 0; tile < tiles; ++tile) {
+      cp_async_wait<0>();
+      __syncthreads(); // K of this tile is here; nobody reads the old V any more
+      HeadTile::template load<KEYS, kThreads>(v_s, v + static_cast<long>(tile) * KEYS * stride, stride,
+                                              m - tile * KEYS);
+      cp_async_commit();
+
+      float s[kRowTiles][kKeyTiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < HEAD / 16; ++step) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+          ldmatrix4(a[i], q_s + HeadTile::offset(warp_row + i * 16 + a_row, step * 2 + a_chunk));
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+          uint32_t b[4];
+          ldmatrix4(b, k_s + HeadTile::offset(j * 16 + b_row, step * 2 + b_chunk));
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            H::mma(s[i][2 * j], a[i], b[0], b[1]);
+            H::mma(s[i][2 * j + 1], a[i], b[2], b[3]);
+          }
+        }
+      }
+      cp_async_wait<0>();
+      __syncthreads(); // V is here; nobody reads this K any more
+      if (tile + 1 < tiles) {
+        HeadTile::template load<KEYS, kThreads>(k_s, k + static_cast<long>(tile + 1) * KEYS * stride, stride,
+                                                m - (tile + 1) * KEYS);
+        cp_async_commit();
+      }
+
+      if (m - tile * KEYS < KEYS) { // the last tile may be ragged
+#pragma unroll
+        for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            if (tile * KEYS + j * 8 + (lane & 3) * 2 + (c & 1) >= m)
+#pragma unroll
+              for (int i = 0; i < kRowTiles; ++i) s[i][j][c] = -INFINITY;
+      }
+
+      // The running maximum rarely grows after the first tiles: O is rescaled only when it did for any row of the warp.
+      float top[kRowTiles][2];
+      bool grew = false;
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float t = row_max[i][r];
+#pragma unroll
+          for (int j = 0; j < kKeyTiles; ++j) t = fmaxf(t, fmaxf(s[i][j][2 * r], s[i][j][2 * r + 1]));
+          t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
+          t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
+          top[i][r] = t;
+          grew |= t > row_max[i][r];
+        }
+      if (__any_sync(~0u, grew)) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float shrink = exp2_fast((row_max[i][r] - top[i][r]) * scale_log2);
+            row_max[i][r] = top[i][r];
+            row_sum[i][r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < kHeadTiles; ++j) o_acc[i][j][2 * r] *= shrink, o_acc[i][j][2 * r + 1] *= shrink;
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float base = row_max[i][r] * scale_log2;
+#pragma unroll
+          for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const float p = exp2_fast(fmaf(s[i][j][2 * r + c], scale_log2, -base));
+              s[i][j][2 * r + c] = p;
+              row_sum[i][r] += p;
+            }
+        }
+
+#pragma unroll
+      for (int step = 0; step < KEYS / 16; ++step) {
+        uint32_t p[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          p[i][0] = H::pack(s[i][2 * step][0], s[i][2 * step][1]);
+          p[i][1] = H::pack(s[i][2 * step][2], s[i][2 * step][3]);
+          p[i][2] = H::pack(s[i][2 * step + 1][0], s[i][2 * step + 1][1]);
+          p[i][3] = H::pack(s[i][2 * step + 1][2], s[i][2 * step + 1][3]);
+        }
+#pragma unroll
+        for (int j = 0; j < HEAD / 16; ++j) {
+          uint32_t b[4];
+          ldmatrix4_trans(b, v_s + HeadTile::offset(step * 16 + a_row, j * 2 + a_chunk));
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            H::mma(o_acc[i][2 * j], p[i], b[0], b[1]);
+            H::mma(o_acc[i][2 * j + 1], p[i], b[2], b[3]);
+          }
+        }
+      }
+    }
+
+    // The sums of a row's four lanes; then O leaves through this warp's own rows of the Q tile, 16 bytes a lane.
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum = row_sum[i][r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float inverse = 1.f / sum;
+        const int row = warp_row + i * 16 + r * 8 + (lane >> 2);
+        if ((lane & 3) == 0 && row0 + row < l)
+          lse[(static_cast<long>(batch) * heads + head) * l + row0 + row] = row_max[i][r] * scale + logf(sum);
+#pragma unroll
+        for (int j = 0; j < kHeadTiles; ++j)
+          *reinterpret_cast<uint32_t *>(shared + HeadTile::offset(row, j) + (lane & 3) * 4) =
+              H::pack(o_acc[i][j][2 * r] * inverse, o_acc[i][j][2 * r + 1] * inverse);
+      }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRowTiles * 16 * HeadTile::kChunks / 32; ++i) {
+      const int at = i * 32 + lane;
+      const int row = warp_row + at / HeadTile::kChunks, chunk = at % HeadTile::kChunks;
+      if (row0 + row < l)
+        *reinterpret_cast<uint4 *>(o + row * stride + chunk * 8) =
+            *reinterpret_cast<const uint4 *>(shared + HeadTile::offset(row, chunk));
+    }
+  }
+};
+
+} // namespace wan
+
+// One exported name per (type, head width, tile); tile.rs chooses among them and knows their shared bytes.
+#define ATTENTION_FORWARD(NAME, T, HEAD, ROWS, KEYS, WARPS)                                                            \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(const T *q, const T *k, const T *v, T *o, float *lse, \
+                                                                int l, int m, int heads, float scale) {               \
+    wan::AttentionForward<T, HEAD, ROWS, KEYS, WARPS>::run(q, k, v, o, lse, l, m, heads, scale);                      \
+  }
+
+ATTENTION_FORWARD(attention_fwd_bf16_128_128x64, __nv_bfloat16, 128, 128, 64, 4)
+ATTENTION_FORWARD(attention_fwd_f16_128_128x64, __half, 128, 128, 64, 4)
+ATTENTION_FORWARD(attention_fwd_bf16_128_128x32, __nv_bfloat16, 128, 128, 32, 4)
+ATTENTION_FORWARD(attention_fwd_f16_128_128x32, __half, 128, 128, 32, 4)
+ATTENTION_FORWARD(attention_fwd_bf16_64_128x64, __nv_bfloat16, 64, 128, 64, 4)
+ATTENTION_FORWARD(attention_fwd_f16_64_128x64, __half, 64, 128, 64, 4)

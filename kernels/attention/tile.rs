@@ -1,0 +1,73 @@
+//! Tile choice of the attention kernels: which variant runs on which card, the shared memory it takes, and how heads are
+//! grouped. Pure functions; the figures behind them are in `docs/LOG.md`.
+
+/// Key rows that one block of the backward owns.
+pub const BACKWARD_KEYS: usize = 128;
+
+/// Query rows and keys of one step of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tile {
+    pub rows: usize,
+    pub keys: usize,
+    /// Dynamic shared memory of a block.
+    pub shared: usize,
+}
+
+/// Whether there are kernels for heads of this width.
+pub fn supported(head: usize) -> bool {
+    head == 64 || head == 128
+}
+
+/// Cards with 99 KB of shared memory a block (sm_86, sm_89) take 32 keys: two blocks then share a processor.
+pub fn forward(head: usize, shared_bytes: usize) -> Tile {
+    let rows = 128;
+    let keys = if head == 128 && shared_bytes < 160 << 10 { 32 } else { 64 };
+    Tile { rows, keys, shared: (rows + 2 * keys) * head * 2 }
+}
+
+/// 64 query rows with two stages of everything where shared memory allows (161 KB at head width 128), else 32 rows.
+pub fn backward(head: usize, shared_bytes: usize) -> Tile {
+    let wide = backward_shared(head, 64, [2, 2, 2]);
+    if wide <= shared_bytes {
+        return Tile { rows: 64, keys: BACKWARD_KEYS, shared: wide };
+    }
+    Tile { rows: 32, keys: BACKWARD_KEYS, shared: backward_shared(head, 32, [2, 1, 1]) }
+}
+
+/// K and V, the stages of Q, dO and dS, and two stages of lse and delta.
+fn backward_shared(head: usize, rows: usize, [q, d_o, ds]: [usize; 3]) -> usize {
+    2 * BACKWARD_KEYS * head * 2 + (q + d_o) * rows * head * 2 + ds * BACKWARD_KEYS * rows * 2 + 4 * rows * 4
+}
+
+/// Heads whose blocks are launched side by side. Blocks of one head wait for each other at the start, those of a group
+/// share that wait; too many heads at once and their keys no longer fit the cache.
+pub fn head_group(heads: usize, keys: usize, processors: usize) -> usize {
+    let key_blocks = keys.div_ceil(BACKWARD_KEYS);
+    (2 * processors).div_ceil(key_blocks).max(8).min(heads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_card_has_a_tile_that_fits() {
+        for shared in [99 << 10, 163 << 10, 227 << 10] {
+            for head in [64, 128] {
+                assert!(forward(head, shared).shared <= shared);
+                assert!(backward(head, shared).shared <= shared, "{head} {shared}");
+            }
+        }
+        assert_eq!(backward(128, 227 << 10).shared, 164_864);
+        assert_eq!(backward(128, 99 << 10).rows, 32);
+        assert_eq!(backward(64, 99 << 10).rows, 64);
+    }
+
+    #[test]
+    fn groups_fill_the_card_and_no_more() {
+        assert_eq!(head_group(40, 21_600, 132), 8);
+        assert_eq!(head_group(40, 3_600, 132), 10);
+        assert_eq!(head_group(40, 512, 132), 40);
+        assert_eq!(head_group(3, 100, 132), 3);
+    }
+}
