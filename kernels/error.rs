@@ -10,6 +10,9 @@ pub enum Error {
     Dtype { op: &'static str, tensor: &'static str, got: DType, want: &'static str },
     #[error("{op}: {what}")]
     Argument { op: &'static str, what: String },
+    /// The driver, a library of it, or the card itself refused.
+    #[error("{op}: {what}")]
+    Gpu { op: &'static str, what: String },
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }

@@ -9,6 +9,12 @@ use candle_core::{DType, Device};
 pub mod adamw;
 pub mod adamw8bit;
 pub mod attention;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod bench;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod check;
 pub mod conv3d;
 pub mod error;
 pub mod flow;
@@ -21,11 +27,17 @@ pub mod norm;
 pub mod patchify;
 pub mod philox;
 
+#[cfg(feature = "cuda")]
+mod common;
 mod gate;
 mod num;
 #[cfg(test)]
 mod testing;
 
+#[cfg(feature = "cuda")]
+pub use common::gpu;
+#[cfg(feature = "cuda")]
+use common::gpu::Gpu;
 pub use error::{Error, Result};
 
 /// Where ops run; chosen once in `main` and passed down.
@@ -33,6 +45,9 @@ pub use error::{Error, Result};
 pub enum Exec {
     /// Plain candle ops on the given device, computing in `compute`: F32 is the definition.
     Reference { device: Device, compute: DType },
+    /// The kernels of this crate on a card, linears and attention in `compute`.
+    #[cfg(feature = "cuda")]
+    Cuda { gpu: Gpu, device: Device, compute: DType },
 }
 
 impl Exec {
@@ -41,9 +56,18 @@ impl Exec {
         Exec::Reference { device: Device::Cpu, compute: DType::F32 }
     }
 
+    /// The kernels of this crate on card `ordinal`.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize, compute: DType) -> Result<Self> {
+        let gpu = Gpu::new(ordinal)?;
+        Ok(Exec::Cuda { device: gpu.device(), gpu, compute })
+    }
+
     pub fn device(&self) -> &Device {
         match self {
             Exec::Reference { device, .. } => device,
+            #[cfg(feature = "cuda")]
+            Exec::Cuda { device, .. } => device,
         }
     }
 
@@ -51,6 +75,8 @@ impl Exec {
     pub fn compute(&self) -> DType {
         match self {
             Exec::Reference { compute, .. } => *compute,
+            #[cfg(feature = "cuda")]
+            Exec::Cuda { compute, .. } => *compute,
         }
     }
 
@@ -58,6 +84,8 @@ impl Exec {
     pub fn with_compute(&self, compute: DType) -> Self {
         match self {
             Exec::Reference { device, .. } => Exec::Reference { device: device.clone(), compute },
+            #[cfg(feature = "cuda")]
+            Exec::Cuda { gpu, device, .. } => Exec::Cuda { gpu: gpu.clone(), device: device.clone(), compute },
         }
     }
 
@@ -66,6 +94,8 @@ impl Exec {
         O::check(args)?;
         match self {
             Exec::Reference { compute, .. } => O::reference(args, *compute),
+            #[cfg(feature = "cuda")]
+            Exec::Cuda { gpu, compute, .. } => gpu.timed(O::NAME, || O::cuda(args, gpu, *compute)),
         }
     }
 }
@@ -92,4 +122,10 @@ pub trait Op {
     /// Plain, tape-safe candle ops on any device. `compute` F32 is the definition of the op, BF16/F16 the naive
     /// low-precision answer that a fast kernel's error is measured against.
     fn reference(args: &Self::Args<'_>, compute: DType) -> Result<Self::Out>;
+    /// The same on a card. Without an own path the definition runs there in candle's kernels: that is meant for what is
+    /// done once in a step or on a few rows, and for shapes and dtypes that no kernel takes.
+    #[cfg(feature = "cuda")]
+    fn cuda(args: &Self::Args<'_>, _gpu: &Gpu, compute: DType) -> Result<Self::Out> {
+        Self::reference(args, compute)
+    }
 }

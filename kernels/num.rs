@@ -11,17 +11,14 @@ pub(crate) fn f32(t: &Tensor) -> Result<Tensor> {
 
 /// `a·b` in fp32 after rounding both operands to `compute`: what a tensor core yields before its result is stored.
 ///
-/// candle's CPU backend multiplies no bf16 matrices, so there the rounded operands are multiplied in fp32; elsewhere the
-/// device's own 16-bit product is used, which rounds the result once more.
+/// The rounded operands are multiplied in fp32: candle's CPU backend multiplies no bf16 matrices, and a device's own
+/// 16-bit product would round the result once more.
 pub(crate) fn matmul(a: &Tensor, b: &Tensor, compute: DType) -> Result<Tensor> {
     if compute == DType::F32 {
         return Ok(f32(a)?.matmul(&f32(b)?)?);
     }
     let (a, b) = (a.to_dtype(compute)?, b.to_dtype(compute)?);
-    if a.device().is_cpu() {
-        return Ok(f32(&a)?.matmul(&f32(&b)?)?);
-    }
-    f32(&a.matmul(&b)?)
+    Ok(f32(&a)?.matmul(&f32(&b)?)?)
 }
 
 /// A modulation vector in fp32, shaped to broadcast over `[b, l, d]`: `[b, d]` becomes `[b, 1, d]`.

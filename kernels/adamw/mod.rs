@@ -11,6 +11,9 @@ use rayon::prelude::*;
 
 use crate::{Error, Result};
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 const NAME: &str = "adamw";
 /// Elements of a parallel piece: large against scheduling, small against two cores' share of a LoRA.
 const PIECE: usize = 1 << 14;

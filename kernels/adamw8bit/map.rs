@@ -21,6 +21,12 @@ impl Map {
         self.values[usize::from(code)]
     }
 
+    /// The point halfway between the values of codes `i` and `i + 1`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn midpoint(&self, i: usize) -> f32 {
+        self.midpoints[i]
+    }
+
     /// The code of 0.
     pub fn zero(&self) -> u8 {
         self.zero

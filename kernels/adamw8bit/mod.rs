@@ -14,6 +14,8 @@ use rayon::prelude::*;
 use crate::adamw::{check, corrections, AdamW, Step};
 use crate::{Error, Result};
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod map;
 #[cfg(test)]
 mod tests;

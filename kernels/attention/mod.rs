@@ -7,7 +7,13 @@
 
 use candle_core::{DType, Tensor, D};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Op, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
+pub mod tile;
 
 /// A score tile above this many bytes is split: first over heads, then over query rows.
 /// Tiling heads changes no bit; tiling rows changes the order in which dk and dv are summed.
@@ -70,6 +76,14 @@ impl Op for Attention {
     fn reference(a: &AttentionArgs<'_>, compute: DType) -> Result<AttentionOut> {
         forward(a, compute, TILE_BYTES)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &AttentionArgs<'_>, gpu: &Gpu, compute: DType) -> Result<AttentionOut> {
+        if !cuda::fits(a.q_blnh) {
+            return Self::reference(a, compute);
+        }
+        cuda::forward(gpu, a)
+    }
 }
 
 impl Op for AttentionBackward {
@@ -99,6 +113,14 @@ impl Op for AttentionBackward {
 
     fn reference(a: &AttentionBackwardArgs<'_>, compute: DType) -> Result<AttentionGrads> {
         backward(a, compute, TILE_BYTES)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &AttentionBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<AttentionGrads> {
+        if !cuda::fits(a.q_blnh) {
+            return Self::reference(a, compute);
+        }
+        cuda::backward(gpu, a)
     }
 }
 

@@ -3,7 +3,12 @@
 
 use candle_core::{DType, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Op, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// `x_t = (1 − σ)·x + σ·noise`, σ per sample.
 pub struct FlowMix;
@@ -70,6 +75,11 @@ impl Op for FlowMix {
         let clean = num::f32(a.latents)?.broadcast_mul(&sigma.affine(-1.0, 1.0)?)?;
         Ok((clean + num::f32(a.noise)?.broadcast_mul(&sigma)?)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &FlowMixArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::mix(Self::NAME, gpu, a)
+    }
 }
 
 impl Op for FlowLoss {
@@ -97,6 +107,11 @@ impl Op for FlowLoss {
         }
         Ok(FlowLossOut { loss: loss_b.mean_all()?, loss_b })
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &FlowLossArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<FlowLossOut> {
+        cuda::loss(Self::NAME, gpu, a)
+    }
 }
 
 impl Op for FlowLossBackward {
@@ -121,6 +136,11 @@ impl Op for FlowLossBackward {
             Some(weight_b) => error.broadcast_mul(&(per_sample(weight_b, error.rank())? * slope)?)?,
             None => (error * slope)?,
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &FlowLossBackwardArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::loss_backward(Self::NAME, gpu, a)
     }
 }
 

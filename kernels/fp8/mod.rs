@@ -7,7 +7,12 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, Cost, Error, Op, Result};
+
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 pub mod codec;
 #[cfg(test)]
@@ -135,10 +140,14 @@ impl Weight {
         Ok(Weight { codes_oi: codes_oi.contiguous()?, scale: scale.contiguous()? })
     }
 
-    /// Quantises a matrix [o, i] on the CPU; scales take its dtype.
+    /// Quantises a matrix [o, i], where it lies if that is a card (but a single scale on the CPU); scales take its dtype.
     pub fn quantize(weight_oi: &Tensor, granularity: Granularity) -> Result<Self> {
         let oi = gate::dims::<2>(Self::NAME, "weight_oi", weight_oi, "[o, i], nothing empty")?;
         gate::float(Self::NAME, "weight_oi", weight_oi)?;
+        #[cfg(feature = "cuda")]
+        if let (Some(gpu), Granularity::Block | Granularity::Channel) = (Gpu::of(weight_oi.device()), granularity) {
+            return cuda::quantize(&gpu, weight_oi, granularity);
+        }
         let weights = weight_oi.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let group = granularity.group(oi);
         let (mut codes, mut scales) = (vec![0u8; weights.len()], vec![0f32; weights.len() / group]);
@@ -172,6 +181,10 @@ impl Weight {
 
     /// The matrix [o, i] in the scale's dtype.
     pub fn dequantize(&self) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = Gpu::of(self.codes_oi.device()) {
+            return cuda::dequantize(&gpu, self, self.scale.dtype());
+        }
         if self.codes_oi.device().is_cpu() {
             match self.scale.dtype() {
                 DType::BF16 => self.dequantize_cpu(bf16::from_f32, bf16::to_f32),
@@ -259,5 +272,10 @@ impl Op for Dequantize {
 
     fn reference(a: &DequantizeArgs<'_>, _compute: DType) -> Result<Tensor> {
         Ok(a.weight.dequantize()?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &DequantizeArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::dequantize(gpu, a.weight, a.out)
     }
 }

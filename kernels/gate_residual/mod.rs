@@ -5,7 +5,12 @@
 
 use candle_core::{DType, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Op, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// `out = x + gate·y`.
 pub struct GateResidual;
@@ -66,6 +71,14 @@ impl Op for GateResidual {
         let gated = num::f32(a.y_bld)?.broadcast_mul(&num::over_tokens(a.gate)?)?;
         Ok((num::f32(a.x_bld)? + gated)?.to_dtype(a.out)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &GateResidualArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if a.y_bld.dims()[2] % 8 != 0 {
+            return Self::reference(a, compute);
+        }
+        cuda::gate(Self::NAME, gpu, Some(a.x_bld), a.y_bld, a.gate, a.out)
+    }
 }
 
 impl Op for GateResidualBackward {
@@ -89,6 +102,14 @@ impl Op for GateResidualBackward {
     fn reference(a: &GateResidualBackwardArgs<'_>, _compute: DType) -> Result<Tensor> {
         Ok(num::f32(a.dout_bld)?.broadcast_mul(&num::over_tokens(a.gate)?)?.to_dtype(a.out)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &GateResidualBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if a.dout_bld.dims()[2] % 8 != 0 {
+            return Self::reference(a, compute);
+        }
+        cuda::gate(Self::NAME, gpu, None, a.dout_bld, a.gate, a.out)
+    }
 }
 
 impl Op for Residual {
@@ -111,6 +132,11 @@ impl Op for Residual {
 
     fn reference(a: &ResidualArgs<'_>, _compute: DType) -> Result<Tensor> {
         Ok((num::f32(a.x)? + num::f32(a.y)?)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &ResidualArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::residual(Self::NAME, gpu, a.x, a.y, a.out)
     }
 }
 

@@ -5,7 +5,12 @@
 
 use candle_core::{DType, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Op, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// √(2/π), and the weight of the cube, in `0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))`. With `u` the argument of tanh
 /// that is `x·sigmoid(2u)`: one exponential, which is cheaper than a tanh and loses nothing far from zero.
@@ -53,6 +58,11 @@ impl Op for GeluTanh {
         let sigmoid = sigmoid_2u(&x, &x.sqr()?)?;
         Ok((x * sigmoid)?.to_dtype(a.x.dtype())?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &ActivationArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::forward(Self::NAME, "gelu_tanh_fwd", gpu, a.x)
+    }
 }
 
 impl Op for GeluTanhBackward {
@@ -80,6 +90,11 @@ impl Op for GeluTanhBackward {
         let dgelu = (sigmoid * rest)?;
         Ok((dgelu * num::f32(a.dy)?)?.to_dtype(a.dy.dtype())?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &GeluTanhBackwardArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::backward(Self::NAME, gpu, a.x, a.dy)
+    }
 }
 
 impl Op for GeluErf {
@@ -98,6 +113,11 @@ impl Op for GeluErf {
     fn reference(a: &ActivationArgs<'_>, _compute: DType) -> Result<Tensor> {
         Ok(num::f32(a.x)?.gelu_erf()?.to_dtype(a.x.dtype())?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &ActivationArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::forward(Self::NAME, "gelu_erf_fwd", gpu, a.x)
+    }
 }
 
 impl Op for Silu {
@@ -115,6 +135,11 @@ impl Op for Silu {
 
     fn reference(a: &ActivationArgs<'_>, _compute: DType) -> Result<Tensor> {
         Ok(num::f32(a.x)?.silu()?.to_dtype(a.x.dtype())?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &ActivationArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::forward(Self::NAME, "silu_fwd", gpu, a.x)
     }
 }
 

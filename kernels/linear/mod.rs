@@ -6,7 +6,33 @@
 
 use candle_core::{DType, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{fp8, gate, num, Cost, Op, Result};
+
+mod add;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+pub use cuda::add_assign;
+#[cfg(feature = "cuda")]
+use cuda::Times;
+
+pub use add::{LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs};
+
+/// The matrices of a LoRA, `down` [r, i] and `up` [o, r], as products take them best. On a card that is the compute dtype
+/// and the rank filled up with zeros to a multiple of 16, since rows of 42 values are not aligned to what tensor cores
+/// load: products take half the time or less. The gradients of the zeros are to be cut off again.
+pub fn low_rank(exec: &crate::Exec, down_ri: &Tensor, up_or: &Tensor) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if let crate::Exec::Cuda { gpu, compute, .. } = exec {
+        return gpu.timed("low_rank", || {
+            Ok((cuda::padded(gpu, down_ri, *compute, 0)?, cuda::padded(gpu, up_or, *compute, 1)?))
+        });
+    }
+    let _ = exec;
+    Ok((down_ri.clone(), up_or.clone()))
+}
 
 /// `y = x·Wᵀ + bias`.
 pub struct Linear;
@@ -81,6 +107,20 @@ impl Op for Linear {
     fn reference(a: &LinearArgs<'_>, compute: DType) -> Result<Tensor> {
         forward(a.x, a.weight_oi, a.bias_o, a.out, compute)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let times = Times {
+            op: Self::NAME,
+            left: a.x,
+            weight_oi: cuda::Weight::Dense(a.weight_oi),
+            transposed: true,
+            bias: a.bias_o,
+            add: None,
+            out: a.out,
+        };
+        cuda::times(gpu, &times, compute)
+    }
 }
 
 impl Op for LinearBackward {
@@ -100,6 +140,20 @@ impl Op for LinearBackward {
 
     fn reference(a: &LinearBackwardArgs<'_>, compute: DType) -> Result<Tensor> {
         times(a.dy, a.weight_oi, None, a.out, compute)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let times = Times {
+            op: Self::NAME,
+            left: a.dy,
+            weight_oi: cuda::Weight::Dense(a.weight_oi),
+            transposed: false,
+            bias: None,
+            add: None,
+            out: a.out,
+        };
+        cuda::times(gpu, &times, compute)
     }
 }
 
@@ -127,6 +181,11 @@ impl Op for LinearWeightGrad {
     fn reference(a: &LinearWeightGradArgs<'_>, compute: DType) -> Result<Tensor> {
         num::matmul(&as_rows(a.dy)?.t()?, &as_rows(a.x)?, compute)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearWeightGradArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        cuda::weight_grad(Self::NAME, gpu, a.x, a.dy, compute)
+    }
 }
 
 impl Op for LinearFp8 {
@@ -145,6 +204,20 @@ impl Op for LinearFp8 {
     fn reference(a: &LinearFp8Args<'_>, compute: DType) -> Result<Tensor> {
         forward(a.x, &a.weight.dequantize()?, a.bias_o, a.out, compute)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearFp8Args<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let times = Times {
+            op: Self::NAME,
+            left: a.x,
+            weight_oi: cuda::Weight::Fp8(a.weight),
+            transposed: true,
+            bias: a.bias_o,
+            add: None,
+            out: a.out,
+        };
+        cuda::times(gpu, &times, compute)
+    }
 }
 
 impl Op for LinearFp8Backward {
@@ -162,6 +235,20 @@ impl Op for LinearFp8Backward {
 
     fn reference(a: &LinearFp8BackwardArgs<'_>, compute: DType) -> Result<Tensor> {
         times(a.dy, &a.weight.dequantize()?, None, a.out, compute)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearFp8BackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let times = Times {
+            op: Self::NAME,
+            left: a.dy,
+            weight_oi: cuda::Weight::Fp8(a.weight),
+            transposed: false,
+            bias: None,
+            add: None,
+            out: a.out,
+        };
+        cuda::times(gpu, &times, compute)
     }
 }
 

@@ -2,7 +2,11 @@
 
 use candle_core::{DType, Tensor, D};
 
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Kind};
 use super::{layer_dx, plus_residual};
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Op, Result};
 
 /// `y = LayerNorm(x)·(1 + scale) + shift`.
@@ -87,6 +91,15 @@ impl Op for LayerNormModulate {
         let y = xhat.broadcast_mul(&(num::over_tokens(a.scale)? + 1.0)?)?;
         Ok(y.broadcast_add(&num::over_tokens(a.shift)?)?.to_dtype(a.out)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LayerNormModulateArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.x_bld.dims()[2], None) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::Layer { one: 1.0, b: Some(a.shift) };
+        cuda::forward(Self::NAME, gpu, a.x_bld, a.scale, kind, a.eps, (a.out, a.x_bld.dims()))
+    }
 }
 
 impl Op for LayerNormModulateBackward {
@@ -122,6 +135,15 @@ impl Op for LayerNormModulateBackward {
         let g = num::f32(a.dy_bld)?.broadcast_mul(&(num::over_tokens(a.scale)? + 1.0)?)?;
         Ok(plus_residual(layer_dx(&xhat, &rstd, &g)?, a.dres_bld)?.to_dtype(a.out)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LayerNormModulateBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.x_bld.dims()[2], None) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::Layer { one: 1.0, b: None };
+        cuda::backward(Self::NAME, gpu, a.x_bld, a.scale, kind, a.dy_bld, a.dres_bld, a.eps, a.out)
+    }
 }
 
 impl Op for LayerNorm {
@@ -152,6 +174,15 @@ impl Op for LayerNorm {
         let (xhat, _) = normalise(a.x, a.eps)?;
         let y = xhat.broadcast_mul(&num::f32(a.weight_d)?)?.broadcast_add(&num::f32(a.bias_d)?)?;
         Ok(y.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LayerNormArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.weight_d.elem_count(), None) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::Layer { one: 0.0, b: Some(a.bias_d) };
+        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, kind, a.eps, (a.out, a.x.dims()))
     }
 }
 
@@ -188,6 +219,15 @@ impl Op for LayerNormBackward {
         let (xhat, rstd) = normalise(a.x, a.eps)?;
         let g = num::f32(a.dy)?.broadcast_mul(&num::f32(a.weight_d)?)?;
         Ok(plus_residual(layer_dx(&xhat, &rstd, &g)?, a.dres)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LayerNormBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.weight_d.elem_count(), None) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::Layer { one: 0.0, b: None };
+        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, kind, a.dy, a.dres, a.eps, a.out)
     }
 }
 

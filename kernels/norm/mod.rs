@@ -11,6 +11,8 @@ use candle_core::{Tensor, D};
 
 use crate::{num, Result};
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod layer;
 mod rms;
 #[cfg(test)]

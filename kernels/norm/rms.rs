@@ -2,7 +2,11 @@
 
 use candle_core::{DType, Tensor, D};
 
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Kind};
 use super::rms_dx;
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, num, Cost, Error, Op, Result};
 
 /// `y = x / rms(x) · weight`.
@@ -80,6 +84,14 @@ impl Op for RmsNorm {
         let (xhat, _) = normalise(a.x, a.eps)?;
         Ok(xhat.broadcast_mul(&num::f32(a.weight_d)?)?.to_dtype(a.out)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &RmsNormArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.weight_d.elem_count(), None) {
+            return Self::reference(a, compute);
+        }
+        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, a.eps, (a.out, a.x.dims()))
+    }
 }
 
 impl Op for RmsNormBackward {
@@ -105,6 +117,14 @@ impl Op for RmsNormBackward {
         let (xhat, rstd) = normalise(a.x, a.eps)?;
         let g = num::f32(a.dy)?.broadcast_mul(&num::f32(a.weight_d)?)?;
         Ok(rms_dx(&xhat, &rstd, &g)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &RmsNormBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.weight_d.elem_count(), None) {
+            return Self::reference(a, compute);
+        }
+        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, a.dy, None, a.eps, a.out)
     }
 }
 
@@ -134,6 +154,17 @@ impl Op for RmsNormRope {
         let (xhat, _) = normalise(a.x_bld, a.eps)?;
         let y_blnh = xhat.broadcast_mul(&num::f32(a.weight_d)?)?.reshape((b, l, d / h, h))?;
         Ok(rotate(&y_blnh, a.cos_lk, a.sin_lk)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &RmsNormRopeArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let (b, l, d) = a.x_bld.dims3()?;
+        let h = 2 * a.cos_lk.dim(1)?;
+        if !cuda::fits(d, Some(h)) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::RmsRope { cos_lk: a.cos_lk, sin_lk: a.sin_lk };
+        cuda::forward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, a.eps, (a.out, &[b, l, d / h, h]))
     }
 }
 
@@ -166,6 +197,15 @@ impl Op for RmsNormRopeBackward {
         let dy_blnh = rotate(&num::f32(a.dy_blnh)?, a.cos_lk, &a.sin_lk.neg()?)?;
         let g = dy_blnh.flatten_from(2)?.broadcast_mul(&num::f32(a.weight_d)?)?;
         Ok(rms_dx(&xhat, &rstd, &g)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &RmsNormRopeBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !cuda::fits(a.weight_d.elem_count(), Some(2 * a.cos_lk.dim(1)?)) {
+            return Self::reference(a, compute);
+        }
+        let kind = Kind::RmsRope { cos_lk: a.cos_lk, sin_lk: a.sin_lk };
+        cuda::backward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, a.dy_blnh, None, a.eps, a.out)
     }
 }
 

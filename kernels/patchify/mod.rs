@@ -5,7 +5,12 @@
 
 use candle_core::{DType, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{gate, Cost, Error, Op, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// Frames, rows and columns of one patch; (1, 2, 2) in every Wan model.
 pub type Patch = [usize; 3];
@@ -68,6 +73,14 @@ impl Op for Patchify {
         // [b, c, f, pf, y, py, x, px] with channel before the patch's own axes.
         to_tokens(a.x_bcfyx, a.patch, [0, 2, 4, 6, 1, 3, 5, 7])
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &PatchifyArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !matches!(a.x_bcfyx.dtype().size_in_bytes(), 2 | 4) {
+            return Self::reference(a, compute);
+        }
+        cuda::to_tokens(Self::NAME, gpu, a.x_bcfyx, a.patch, true)
+    }
 }
 
 impl Op for Unpatchify {
@@ -98,6 +111,14 @@ impl Op for Unpatchify {
         let split = a.tokens_bld.reshape(vec![b, f, y, x, pf, py, px, c])?;
         Ok(split.permute([0, 7, 1, 4, 2, 5, 3, 6].as_slice())?.reshape((b, c, f * pf, y * py, x * px))?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &UnpatchifyArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !matches!(a.tokens_bld.dtype().size_in_bytes(), 2 | 4) {
+            return Self::reference(a, compute);
+        }
+        cuda::to_latent(Self::NAME, gpu, a.tokens_bld, a.grid, a.patch)
+    }
 }
 
 impl Op for UnpatchifyBackward {
@@ -116,6 +137,14 @@ impl Op for UnpatchifyBackward {
     fn reference(a: &UnpatchifyBackwardArgs<'_>, _compute: DType) -> Result<Tensor> {
         // Channel after the patch's own axes.
         to_tokens(a.dx_bcfyx, a.patch, [0, 2, 4, 6, 3, 5, 7, 1])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &UnpatchifyBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        if !matches!(a.dx_bcfyx.dtype().size_in_bytes(), 2 | 4) {
+            return Self::reference(a, compute);
+        }
+        cuda::to_tokens(Self::NAME, gpu, a.dx_bcfyx, a.patch, false)
     }
 }
 

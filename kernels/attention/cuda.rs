@@ -1,0 +1,108 @@
+//! Launches of the flash kernels, see `forward.cu` and `backward.cu`.
+
+use candle_core::{DType, Tensor};
+
+use super::{tile, Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionGrads, AttentionOut};
+use crate::common::gpu::{Arg, Gpu, Launch, View};
+use crate::linear::cuda::cast;
+use crate::{Op, Result};
+
+/// Whether the kernels take these arguments; other dtypes and head widths go the plain way.
+pub(super) fn fits(q_blnh: &Tensor) -> bool {
+    matches!(q_blnh.dtype(), DType::BF16 | DType::F16) && tile::supported(q_blnh.dims()[3])
+}
+
+fn suffix(dtype: DType) -> &'static str {
+    if dtype == DType::BF16 {
+        "bf16"
+    } else {
+        "f16"
+    }
+}
+
+pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> {
+    const OP: &str = Attention::NAME;
+    let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
+    let o_blnh = gpu.empty(a.q_blnh.shape(), a.q_blnh.dtype())?;
+    let lse_bnl = gpu.empty((b, n, l), DType::F32)?;
+    let tile = tile::forward(h, gpu.card().shared_bytes);
+    let views = [View::new(OP, a.q_blnh)?, View::new(OP, a.k_bmnh)?, View::new(OP, a.v_bmnh)?];
+    let args = [
+        Arg::ptr(views[0].address),
+        Arg::ptr(views[1].address),
+        Arg::ptr(views[2].address),
+        Arg::ptr(View::new(OP, &o_blnh)?.address),
+        Arg::ptr(View::new(OP, &lse_bnl)?.address),
+        Arg::i32(l),
+        Arg::i32(m),
+        Arg::i32(n),
+        Arg::f32(super::scale(h) as f32),
+    ];
+    let name = format!("attention_fwd_{}_{h}_{}x{}", suffix(a.q_blnh.dtype()), tile.rows, tile.keys);
+    let launch = Launch { shared: tile.shared, ..Launch::blocks((l.div_ceil(tile.rows), n, b), 128) };
+    gpu.launch("attention/forward", &name, launch, &args)?;
+    Ok(AttentionOut { o_blnh, lse_bnl })
+}
+
+pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<AttentionGrads> {
+    const OP: &str = AttentionBackward::NAME;
+    const FILE: &str = "attention/backward";
+    let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
+    let dtype = a.q_blnh.dtype();
+    let tile = tile::backward(h, gpu.card().shared_bytes);
+    let tiles = l.div_ceil(tile.rows);
+    let scale = Arg::f32(super::scale(h) as f32);
+
+    let delta_bnl = gpu.empty((b, n, l), DType::F32)?;
+    let turns = gpu.empty((b, n, tiles), DType::U32)?;
+    let dq_sum = gpu.empty((b, n, tiles, tile.rows * h), DType::F32)?;
+    let dq_blnh = gpu.empty(a.q_blnh.shape(), dtype)?;
+    let dk_bmnh = gpu.empty(a.k_bmnh.shape(), dtype)?;
+    let dv_bmnh = gpu.empty(a.v_bmnh.shape(), dtype)?;
+    let at = |t: &Tensor| -> Result<Arg> { Ok(Arg::ptr(View::new(OP, t)?.address)) };
+    let [q, k, v] = [View::new(OP, a.q_blnh)?, View::new(OP, a.k_bmnh)?, View::new(OP, a.v_bmnh)?];
+    let o = View::new(OP, &cast(gpu, OP, a.o_blnh, dtype)?)?;
+    let d_o = View::new(OP, &cast(gpu, OP, a.do_blnh, dtype)?)?;
+    let lse = View::new(OP, a.lse_bnl)?;
+
+    let rows = b * l * n;
+    let args = [
+        Arg::ptr(o.address),
+        Arg::ptr(d_o.address),
+        at(&delta_bnl)?,
+        at(&turns)?,
+        Arg::i32(b * n * tiles),
+        Arg::i32(l),
+        Arg::i32(n),
+        Arg::i64(rows),
+    ];
+    let name = format!("attention_delta_{}_{h}", suffix(dtype));
+    gpu.launch(FILE, &name, Launch::over(rows * 32, 1), &args)?;
+
+    let group = tile::head_group(n, m, gpu.card().processors);
+    let args = [
+        Arg::ptr(q.address),
+        Arg::ptr(k.address),
+        Arg::ptr(v.address),
+        Arg::ptr(d_o.address),
+        Arg::ptr(lse.address),
+        at(&delta_bnl)?,
+        at(&dq_sum)?,
+        at(&turns)?,
+        at(&dk_bmnh)?,
+        at(&dv_bmnh)?,
+        Arg::i32(l),
+        Arg::i32(m),
+        Arg::i32(n),
+        scale,
+        Arg::i32(group),
+    ];
+    let variant = format!("{}_{h}_{}x{}", suffix(dtype), tile.rows, tile.keys);
+    let blocks = n.div_ceil(group) * group * m.div_ceil(tile.keys);
+    let launch = Launch { shared: tile.shared, ..Launch::blocks((blocks, b, 1), 256) };
+    gpu.launch(FILE, &format!("attention_bwd_{variant}"), launch, &args)?;
+
+    let args = [at(&dq_sum)?, at(&dq_blnh)?, Arg::i32(l), Arg::i32(n), scale];
+    gpu.launch(FILE, &format!("attention_dq_{variant}"), Launch::blocks((tiles, n, b), 256), &args)?;
+    Ok(AttentionGrads { dq_blnh, dk_bmnh, dv_bmnh })
+}

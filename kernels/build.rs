@@ -1,0 +1,108 @@
+//! Compiles every `.cu` file of this crate for every supported card and embeds the results. Runs nvcc only with feature
+//! `cuda`; without it nothing is looked for.
+//!
+//! One fatbin a file: machine code for sm_80, 86, 89 and 90, and PTX of compute_90 for cards that came later.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::{env, fs, io, thread};
+
+const CARDS: [&str; 4] = ["80", "86", "89", "90"];
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    for name in ["CUDA_HOME", "NVCC"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
+    let mut sources = Vec::new();
+    find(&root, &mut sources).expect("the crate's folder can be read");
+    sources.sort();
+
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    let workers = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(4usize).clamp(1, 16);
+    thread::scope(|scope| {
+        for _ in 0..workers.min(sources.len()) {
+            scope.spawn(|| {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(what) = compile(&root, source, &out) {
+                        failures.lock().expect("no worker panics").push(what);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("no worker panics");
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+
+    let mut table = String::from("/// (path without extension, fatbin) of every kernel file.\n");
+    table += "static IMAGES: &[(&str, &[u8])] = &[\n";
+    for source in &sources {
+        let image = out.join(name(&root, source).replace('/', "_")).with_extension("fatbin");
+        table += &format!("    ({:?}, include_bytes!({:?})),\n", name(&root, source), image);
+    }
+    table += "];\n";
+    fs::write(out.join("images.rs"), table).expect("OUT_DIR can be written");
+}
+
+/// `attention/forward` for `<root>/attention/forward.cu`.
+fn name(root: &Path, source: &Path) -> String {
+    let relative = source.strip_prefix(root).expect("found below the root").with_extension("");
+    relative.to_string_lossy().replace('\\', "/")
+}
+
+/// All `.cu` files below `folder`; headers and sources are watched for changes.
+fn find(folder: &Path, sources: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            find(&path, sources)?;
+            continue;
+        }
+        let extension = path.extension().and_then(|e| e.to_str());
+        if matches!(extension, Some("cu" | "cuh")) {
+            println!("cargo:rerun-if-changed={}", path.display());
+        }
+        if extension == Some("cu") {
+            sources.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn compile(root: &Path, source: &Path, out: &Path) -> Result<(), String> {
+    let image = out.join(name(root, source).replace('/', "_")).with_extension("fatbin");
+    let mut nvcc = Command::new(compiler());
+    nvcc.args(["-fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]);
+    for card in CARDS {
+        nvcc.arg(format!("-gencode=arch=compute_{card},code=sm_{card}"));
+    }
+    nvcc.arg("-gencode=arch=compute_90,code=compute_90").arg(source).arg("-o").arg(&image);
+    match nvcc.output() {
+        Ok(Output { status, .. }) if status.success() => Ok(()),
+        Ok(Output { stdout, stderr, .. }) => {
+            let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+            Err(format!("nvcc could not compile {}:\n{stdout}{stderr}", source.display()))
+        }
+        Err(e) => Err(format!(
+            "nvcc does not start: {e}\nhint: eval \"$(kernels/toolkit.sh)\" finds or installs a CUDA compiler"
+        )),
+    }
+}
+
+fn compiler() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    match env::var_os("CUDA_HOME") {
+        Some(home) => PathBuf::from(home).join("bin/nvcc"),
+        None => "nvcc".into(),
+    }
+}

@@ -1,0 +1,344 @@
+//! Kernels against their definitions, on the card at hand: what `wan-train bench ops --check` runs.
+//!
+//! Each case is one piece of code that runs three times on the same rounded inputs: as the definition (plain fp32 on the
+//! CPU), as the naive low-precision answer (the reference with 16-bit operands), and as the kernel. The kernel is right
+//! when its error is at most twice the naive one's. Sizes are ugly on purpose.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs};
+use crate::flow::{FlowLoss, FlowLossArgs, FlowLossBackward, FlowLossBackwardArgs, FlowMix, FlowMixArgs};
+use crate::gate_residual::{
+    GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
+};
+use crate::gelu::{ActivationArgs, GeluErf, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs, Silu};
+use crate::gpu::Gpu;
+use crate::linear::{
+    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs,
+    LinearBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearWeightGrad,
+    LinearWeightGradArgs,
+};
+use crate::norm::{
+    LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
+    LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNorm, RmsNormArgs, RmsNormBackward,
+    RmsNormBackwardArgs, RmsNormRope, RmsNormRopeArgs, RmsNormRopeBackward, RmsNormRopeBackwardArgs,
+};
+use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, UnpatchifyBackward, UnpatchifyBackwardArgs};
+use crate::philox::{stream, Philox};
+use crate::{adamw, adamw8bit, fp8, Exec, Result};
+
+/// One compared result.
+#[derive(Debug, Clone)]
+pub struct Row {
+    pub op: String,
+    pub case: String,
+    /// ‖kernel − definition‖ / ‖definition‖, and the same of the naive answer.
+    pub error: f64,
+    pub naive: f64,
+    pub right: bool,
+}
+
+/// Where and how one of the three runs takes place.
+struct Place {
+    exec: Exec,
+    /// What inputs are rounded to.
+    rounded: DType,
+    /// What they are held in, and results asked for in.
+    held: DType,
+}
+
+impl Place {
+    /// Standard normals, a set for each seed, in the place's dtype.
+    fn normal(&self, seed: u64, shape: &[usize]) -> Result<Tensor> {
+        let values = Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?;
+        Ok(values.to_dtype(self.rounded)?.to_dtype(self.held)?.to_device(self.exec.device())?)
+    }
+
+    /// The same in F32.
+    fn full(&self, seed: u64, shape: &[usize]) -> Result<Tensor> {
+        Ok(Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?.to_device(self.exec.device())?)
+    }
+}
+
+type Case<'a> = &'a dyn Fn(&Place) -> Result<Vec<Tensor>>;
+
+struct Checker<'a> {
+    exec: &'a dyn Fn(DType) -> Exec,
+    rows: Vec<Row>,
+}
+
+fn values(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+fn distance(got: &[f32], want: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let error: f64 = got.iter().zip(want).map(|(g, w)| square(f64::from(*g) - f64::from(*w))).sum();
+    let size: f64 = want.iter().map(|w| square(f64::from(*w))).sum();
+    (error / size.max(1e-60)).sqrt()
+}
+
+impl Checker<'_> {
+    fn run(&mut self, op: &str, case: &str, dtypes: &[DType], body: Case<'_>) -> Result<()> {
+        for &dtype in dtypes {
+            let cpu = |compute| Exec::Reference { device: Device::Cpu, compute };
+            let want = body(&Place { exec: cpu(DType::F32), rounded: dtype, held: DType::F32 })?;
+            let naive = body(&Place { exec: cpu(dtype), rounded: dtype, held: dtype })?;
+            let got = body(&Place { exec: (self.exec)(dtype), rounded: dtype, held: dtype })?;
+            for (part, ((got, want), naive)) in got.iter().zip(&want).zip(&naive).enumerate() {
+                let want_values = values(want)?;
+                let got_values = values(got)?;
+                let error = distance(&got_values, &want_values);
+                let naive = distance(&values(naive)?, &want_values);
+                // Where the exact answer is nothing but rounding (one key: its softmax is 1 and has no gradient), errors are
+                // held against the inputs, which are of size 1.
+                let nothing = got_values.iter().chain(&want_values).all(|v| v.abs() < 2e-5);
+                let right = got.dims() == want.dims() && (nothing || error <= 2.0 * naive + 2e-6);
+                let case = format!("{case} {dtype:?} #{part}");
+                self.rows.push(Row { op: op.to_string(), case, error, naive, right });
+            }
+        }
+        Ok(())
+    }
+}
+
+const HALVES: &[DType] = &[DType::BF16, DType::F16];
+const ALL: &[DType] = &[DType::BF16, DType::F16, DType::F32];
+
+/// Every kernel at sizes that fit nothing.
+pub fn all(gpu: &Gpu) -> Result<Vec<Row>> {
+    let exec = |compute| Exec::Cuda { gpu: gpu.clone(), device: gpu.device(), compute };
+    let mut c = Checker { exec: &exec, rows: Vec::new() };
+    norms(&mut c)?;
+    elementwise(&mut c)?;
+    linears(&mut c)?;
+    attention(&mut c)?;
+    flow(&mut c)?;
+    let mut rows = c.rows;
+    rows.extend(exact(gpu)?);
+    rows.extend(optimizers(gpu)?);
+    Ok(rows)
+}
+
+fn norms(c: &mut Checker<'_>) -> Result<()> {
+    for (b, l, d, n) in [(2, 7, 64, 4), (1, 97, 1536, 12), (2, 3, 3072, 24), (1, 33, 5120, 40), (2, 5, 20, 2)] {
+        let case = format!("[{b}, {l}, {d}]");
+        let eps = 1e-6;
+        c.run("layer_norm_modulate", &case, ALL, &|p| {
+            let (x_bld, shift, scale) = (p.normal(1, &[b, l, d])?, p.full(2, &[b, d])?, p.full(3, &[b, l, d])?);
+            let dy_bld = p.normal(4, &[b, l, d])?;
+            let (dres, out, per_sample) = (p.full(5, &[b, l, d])?, p.held, p.full(6, &[b, d])?);
+            let args = LayerNormModulateArgs { x_bld: &x_bld, shift: &shift, scale: &per_sample, eps, out };
+            let y = p.exec.run::<LayerNormModulate>(&args)?;
+            let dx = |scale, dres_bld| {
+                let args = LayerNormModulateBackwardArgs { x_bld: &x_bld, scale, dy_bld: &dy_bld, dres_bld, eps, out };
+                p.exec.run::<LayerNormModulateBackward>(&args)
+            };
+            Ok(vec![y, dx(&per_sample, None)?, dx(&scale, Some(&dres))?])
+        })?;
+        c.run("layer_norm", &case, ALL, &|p| {
+            let (x, dy, dres) = (p.normal(1, &[b, l, d])?, p.normal(4, &[b, l, d])?, p.full(5, &[b, l, d])?);
+            let (weight_d, bias_d, out) = (p.normal(2, &[d])?, p.normal(3, &[d])?, p.held);
+            let args = LayerNormArgs { x: &x, weight_d: &weight_d, bias_d: &bias_d, eps, out };
+            let back = LayerNormBackwardArgs { x: &x, weight_d: &weight_d, dy: &dy, dres: Some(&dres), eps, out };
+            Ok(vec![p.exec.run::<LayerNorm>(&args)?, p.exec.run::<LayerNormBackward>(&back)?])
+        })?;
+        c.run("rms_norm", &case, ALL, &|p| {
+            let (x, dy, weight_d) = (p.normal(1, &[b, l, d])?, p.normal(4, &[b, l, d])?, p.normal(2, &[d])?);
+            let args = RmsNormArgs { x: &x, weight_d: &weight_d, eps, out: p.held };
+            let back = RmsNormBackwardArgs { x: &x, weight_d: &weight_d, dy: &dy, eps, out: p.held };
+            Ok(vec![p.exec.run::<RmsNorm>(&args)?, p.exec.run::<RmsNormBackward>(&back)?])
+        })?;
+        c.run("rms_norm_rope", &case, ALL, &|p| {
+            let h = d / n;
+            let angle = p.full(7, &[l, h / 2])?;
+            let (cos_lk, sin_lk) = (angle.cos()?, angle.sin()?);
+            let (x_bld, weight_d) = (p.normal(1, &[b, l, d])?, p.normal(2, &[d])?);
+            let dy_blnh = p.normal(4, &[b, l, n, h])?;
+            let (cos_lk, sin_lk, x_bld, weight_d) = (&cos_lk, &sin_lk, &x_bld, &weight_d);
+            let args = RmsNormRopeArgs { x_bld, weight_d, cos_lk, sin_lk, eps, out: p.held };
+            let dy_blnh = &dy_blnh;
+            let back = RmsNormRopeBackwardArgs { x_bld, weight_d, cos_lk, sin_lk, dy_blnh, eps, out: p.held };
+            Ok(vec![p.exec.run::<RmsNormRope>(&args)?, p.exec.run::<RmsNormRopeBackward>(&back)?])
+        })?;
+    }
+    Ok(())
+}
+
+fn elementwise(c: &mut Checker<'_>) -> Result<()> {
+    for shape in [&[1usize, 1, 1][..], &[2, 97, 24], &[1, 33, 13], &[1, 129, 5120]] {
+        let (b, l, d) = (shape[0], shape[1], shape[2]);
+        let case = format!("{shape:?}");
+        c.run("activations", &case, ALL, &|p| {
+            let (x, dy) = ((p.normal(1, shape)? * 3.0)?, p.normal(2, shape)?);
+            let args = ActivationArgs { x: &x };
+            let back = GeluTanhBackwardArgs { x: &x, dy: &dy };
+            let (exact, silu) = (p.exec.run::<GeluErf>(&args)?, p.exec.run::<Silu>(&args)?);
+            Ok(vec![p.exec.run::<GeluTanh>(&args)?, p.exec.run::<GeluTanhBackward>(&back)?, exact, silu])
+        })?;
+        c.run("gate_residual", &case, ALL, &|p| {
+            let (x, y) = (p.full(1, shape)?, p.normal(2, shape)?);
+            let (gate, per_token, out) = (p.full(3, &[b, d])?, p.full(4, &[b, l, d])?, p.held);
+            let (x_bld, y_bld) = (&x, &y);
+            let gated = p.exec.run::<GateResidual>(&GateResidualArgs { x_bld, y_bld, gate: &gate, out })?;
+            let back = GateResidualBackwardArgs { dout_bld: &x, gate: &per_token, out };
+            let sum = p.exec.run::<Residual>(&ResidualArgs { x: &x, y: &y, out: DType::F32 })?;
+            Ok(vec![gated, p.exec.run::<GateResidualBackward>(&back)?, sum])
+        })?;
+    }
+    Ok(())
+}
+
+fn linears(c: &mut Checker<'_>) -> Result<()> {
+    for (t, i, o) in [(1, 64, 128), (97, 5120, 42), (1025, 42, 320), (130, 256, 512)] {
+        let case = format!("[{t}, {i}] x [{o}, {i}]");
+        c.run("linear", &case, ALL, &|p| {
+            let (x, dy) = (p.normal(1, &[1, t, i])?, p.normal(2, &[1, t, o])?);
+            let (w, bias_o) = ((p.full(3, &[o, i])? * 0.1)?.to_dtype(p.rounded)?.to_dtype(p.held)?, p.normal(4, &[o])?);
+            let (x, dy, weight_oi, base) = (&x, &dy, &w, p.normal(5, &[1, t, o])?);
+            let run = |out| p.exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: Some(&bias_o), out });
+            let dx = p.exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi, out: p.held })?;
+            let dw = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x, dy })?;
+            let add = p.exec.run::<LinearAdd>(&LinearAddArgs { x, weight_oi, base: &base, out: p.held })?;
+            let base_i = p.normal(6, &[1, t, i])?;
+            let args = LinearBackwardAddArgs { dy, weight_oi, base: &base_i, out: p.held };
+            let back_add = p.exec.run::<LinearBackwardAdd>(&args)?;
+            Ok(vec![run(p.held)?, run(DType::F32)?, dx, dw, add, back_add])
+        })?;
+    }
+    c.run("linear_fp8", "[97, 320] x [256, 320]", HALVES, &|p| {
+        let (x, dy, bias_o) = (p.normal(1, &[97, 320])?, p.normal(2, &[97, 256])?, p.normal(3, &[256])?);
+        let dense = Philox::new(4, stream::INIT, 0, 0).normal(&[256, 320], &Device::Cpu)?.to_dtype(p.rounded)?;
+        let weight = fp8::Weight::quantize(&dense, fp8::Granularity::Block)?.to_device(p.exec.device())?;
+        let args = LinearFp8Args { x: &x, weight: &weight, bias_o: Some(&bias_o), out: p.held };
+        let back = LinearFp8BackwardArgs { dy: &dy, weight: &weight, out: p.held };
+        Ok(vec![p.exec.run::<LinearFp8>(&args)?, p.exec.run::<LinearFp8Backward>(&back)?])
+    })
+}
+
+fn attention(c: &mut Checker<'_>) -> Result<()> {
+    let shapes =
+        [(1, 97, 97, 9, 128), (2, 1, 1, 3, 128), (1, 1025, 513, 2, 128), (2, 130, 769, 3, 64), (1, 50, 512, 3, 16)];
+    for (b, l, m, n, h) in shapes {
+        c.run("attention", &format!("[{b}, {l}, {n}, {h}] x {m}"), HALVES, &|p| {
+            let (q, k) = (p.normal(1, &[b, l, n, h])?, p.normal(2, &[b, m, n, h])?);
+            let (v, d_o) = (p.normal(3, &[b, m, n, h])?, p.normal(4, &[b, l, n, h])?);
+            let (q_blnh, k_bmnh, v_bmnh, do_blnh) = (&q, &k, &v, &d_o);
+            let o = p.exec.run::<Attention>(&AttentionArgs { q_blnh, k_bmnh, v_bmnh })?;
+            let (o_blnh, lse_bnl) = (&o.o_blnh, &o.lse_bnl);
+            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
+            let d = p.exec.run::<AttentionBackward>(&args)?;
+            let again = p.exec.run::<AttentionBackward>(&args)?;
+            let same = values(&again.dq_blnh)? == values(&d.dq_blnh)?;
+            let same = Tensor::full(if same { 1f32 } else { 0.0 }, 1, &Device::Cpu)?;
+            Ok(vec![o.o_blnh, o.lse_bnl, d.dq_blnh, d.dk_bmnh, d.dv_bmnh, same])
+        })?;
+    }
+    Ok(())
+}
+
+fn flow(c: &mut Checker<'_>) -> Result<()> {
+    let shape = &[2, 3, 5, 7, 11][..];
+    c.run("flow", "[2, 3, 5, 7, 11]", ALL, &|p| {
+        let (latents, noise, pred) = (&p.normal(1, shape)?, &p.normal(2, shape)?, &p.normal(3, shape)?);
+        let (sigma_b, weight_b) = (&p.full(4, &[2])?, &p.full(5, &[2])?);
+        let mixed = p.exec.run::<FlowMix>(&FlowMixArgs { latents, noise, sigma_b })?;
+        let loss = p.exec.run::<FlowLoss>(&FlowLossArgs { pred, latents, noise, weight_b: Some(weight_b) })?;
+        let args = FlowLossBackwardArgs { pred, latents, noise, weight_b: None, dloss: 0.5 };
+        Ok(vec![mixed, loss.loss, loss.loss_b, p.exec.run::<FlowLossBackward>(&args)?])
+    })
+}
+
+/// A row that is right only if every bit is.
+fn bits(op: &str, case: &str, got: &Tensor, want: &Tensor) -> Result<Row> {
+    let (got, want) = (values(got)?, values(want)?);
+    let same = got.len() == want.len() && got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits());
+    Ok(Row { op: op.into(), case: case.into(), error: distance(&got, &want), naive: 0.0, right: same })
+}
+
+/// What moves data or works on codes must give the reference's bits.
+fn exact(gpu: &Gpu) -> Result<Vec<Row>> {
+    let (cpu, card, mut rows) = (Exec::cpu(), gpu.device(), Vec::new());
+    let exec = Exec::Cuda { gpu: gpu.clone(), device: gpu.device(), compute: DType::BF16 };
+    let normal = |seed, shape: &[usize]| Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu);
+    for dtype in [DType::F32, DType::BF16] {
+        let patch = [1, 2, 2];
+        let x = normal(1, &[2, 16, 3, 6, 10])?.to_dtype(dtype)?;
+        let on_card = x.to_device(&card)?;
+        let run = |exec: &Exec, x: &Tensor| exec.run::<Patchify>(&PatchifyArgs { x_bcfyx: x, patch });
+        let tokens = run(&cpu, &x)?;
+        rows.push(bits("patchify", &format!("{dtype:?}"), &run(&exec, &on_card)?, &tokens)?);
+        let run = |exec: &Exec, tokens: &Tensor| {
+            exec.run::<Unpatchify>(&UnpatchifyArgs { tokens_bld: tokens, grid: [3, 3, 5], patch })
+        };
+        rows.push(bits(
+            "unpatchify",
+            &format!("{dtype:?}"),
+            &run(&exec, &tokens.to_device(&card)?)?,
+            &run(&cpu, &tokens)?,
+        )?);
+        let run =
+            |exec: &Exec, x: &Tensor| exec.run::<UnpatchifyBackward>(&UnpatchifyBackwardArgs { dx_bcfyx: x, patch });
+        rows.push(bits("unpatchify_backward", &format!("{dtype:?}"), &run(&exec, &on_card)?, &run(&cpu, &x)?)?);
+    }
+    for (granularity, shape) in [
+        (fp8::Granularity::Block, [33, 128]),
+        (fp8::Granularity::Channel, [7, 100]),
+        (fp8::Granularity::Tensor, [5, 64]),
+    ] {
+        for dtype in [DType::F16, DType::BF16, DType::F32] {
+            let case = format!("{granularity:?} {dtype:?}");
+            let w = (normal(3, &shape)? * 1e-2)?.to_dtype(dtype)?;
+            let want = fp8::Weight::quantize(&w, granularity)?;
+            let got = fp8::Weight::quantize(&w.to_device(&card)?, granularity)?;
+            rows.push(bits("fp8_quantize codes", &case, got.codes_oi(), want.codes_oi())?);
+            rows.push(bits("fp8_quantize scales", &case, got.scale(), want.scale())?);
+            rows.push(bits("fp8_dequantize", &case, &got.dequantize()?, &want.dequantize()?)?);
+        }
+    }
+    Ok(rows)
+}
+
+/// A few steps beside the CPU's; fp32 sums in another order, so not to the bit.
+fn optimizers(gpu: &Gpu) -> Result<Vec<Row>> {
+    let (n, card) = (4096 + 300 + 700, gpu.device());
+    let normal = |seed| Philox::new(seed, stream::INIT, 0, 0).normal(&[n], &Device::Cpu);
+    let (start, grads) = (normal(1)?.to_vec1::<f32>()?, normal(2)?.to_vec1::<f32>()?);
+    let adamw = adamw::AdamW::default();
+    let flat = |v: &[f32]| Tensor::from_slice(v, n, &card);
+    let row = |op: &str, got: &[f32], want: &[f32]| {
+        let moved: Vec<f32> = want.iter().zip(&start).map(|(w, s)| w - s).collect();
+        let got: Vec<f32> = got.iter().zip(&start).map(|(g, s)| g - s).collect();
+        let error = distance(&got, &moved);
+        Row { op: op.into(), case: "4 steps".into(), error, naive: 1e-5, right: error < 1e-4 }
+    };
+    let (mut p, mut m, mut v) = (start.clone(), vec![0f32; n], vec![0f32; n]);
+    let (p_card, g_card, m_card, v_card) = (flat(&start)?, flat(&grads)?, flat(&m)?, flat(&v)?);
+    let ranges = [(0..300, 1e-3), (300..n, 2e-3)];
+    for number in 1..=4 {
+        let at = adamw::Step { number, lr: 0.0, grad_scale: 0.7 };
+        adamw::step_ranges(&adamw, &at, &ranges, &mut p, &grads, &mut m, &mut v)?;
+        adamw::cuda::step_ranges(gpu, &adamw, &at, &ranges, [&p_card, &g_card, &m_card, &v_card])?;
+    }
+    let mut rows = vec![row("adamw", &p_card.to_vec1::<f32>()?, &p)];
+    let (got, want) = (adamw::cuda::global_norm(gpu, &g_card)?, adamw::global_norm(&grads));
+    let error = (got - want).abs() / want;
+    rows.push(Row { op: "global_norm".into(), case: n.to_string(), error, naive: 1e-12, right: error < 1e-12 });
+
+    let parts = [0..4396, 4396..n].map(|range| adamw8bit::cuda::Part { plus: range.start > 0, range });
+    let mut moments: Vec<_> = parts.iter().map(|p| adamw8bit::Moments::new(p.range.len())).collect();
+    let mut state = adamw8bit::cuda::State::new(gpu, parts.to_vec())?;
+    let (mut p, p_card) = (start.clone(), flat(&start)?);
+    for number in 1..=4 {
+        let at = adamw::Step { number, lr: 1e-3, grad_scale: 0.7 };
+        for (part, moments) in parts.iter().zip(&mut moments) {
+            let (r, lr) = (|| part.range.clone(), if part.plus { 4e-3 } else { 1e-3 });
+            adamw8bit::step(&adamw, &adamw::Step { lr, ..at }, &mut p[r()], &grads[r()], moments)?;
+        }
+        state.step(gpu, &adamw, &at, 4e-3, &p_card, &g_card)?;
+        let saved = state.export()?;
+        state.import(&saved)?;
+    }
+    rows.push(row("adamw8bit", &p_card.to_vec1::<f32>()?, &p));
+    Ok(rows)
+}

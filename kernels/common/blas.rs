@@ -1,0 +1,249 @@
+//! Matrix products by cublasLt: row-major, 16-bit or fp32 operands, fp32 sums, with what may follow (bias, addition of a
+//! matrix) in the product's own epilogue. The algorithm of a shape is chosen once and kept.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use candle_core::DType;
+
+use super::gpu::error;
+use crate::Result;
+
+const NAME: &str = "cublasLt";
+/// What cublasLt asks for on Hopper; smaller cards use less of it.
+const WORKSPACE: usize = 32 << 20;
+
+pub(crate) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: CudaSlice<u8>,
+    stream: Arc<CudaStream>,
+    chosen: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+}
+
+// SAFETY: a cublasLt handle may be used from any thread; the map is behind a lock and calls go to one stream.
+unsafe impl Send for Blas {}
+unsafe impl Sync for Blas {}
+
+/// A matrix in memory, row-major.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix {
+    pub address: u64,
+    /// Read as its transpose.
+    pub transposed: bool,
+}
+
+/// `out [rows, columns] = left [rows, inner] · right [inner, columns] (+ bias over columns) (+ add)`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product {
+    pub rows: usize,
+    pub columns: usize,
+    pub inner: usize,
+    pub left: Matrix,
+    pub right: Matrix,
+    /// Dtype of both operands.
+    pub operands: DType,
+    pub out: u64,
+    /// Dtype of `out`, `bias` and `add`.
+    pub result: DType,
+    pub bias: Option<u64>,
+    /// A matrix like `out`; may be `out` itself.
+    pub add: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    shape: [usize; 3],
+    transposed: [bool; 2],
+    dtypes: [DType; 2],
+    bias: bool,
+    add: bool,
+    /// Largest power of two (at most 16) that divides all addresses.
+    alignment: u32,
+}
+
+impl Blas {
+    pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+        let handle = result::create_handle().map_err(|e| error(NAME, e.to_string()))?;
+        // SAFETY: a workspace has no meaning before a product writes it.
+        let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) }.map_err(|e| error(NAME, e.to_string()))?;
+        Ok(Blas { handle, workspace, stream: stream.clone(), chosen: Mutex::default() })
+    }
+
+    pub fn run(&self, p: &Product) -> Result<()> {
+        self.issue(p).map_err(|e| {
+            let Product { rows, columns, inner, operands, result, .. } = p;
+            error(NAME, format!("[{rows}, {inner}] x [{inner}, {columns}], {operands:?} to {result:?}: {e}"))
+        })
+    }
+
+    /// cublasLt counts columns first: the row-major product is that of the transposes, in reverse order.
+    fn issue(&self, p: &Product) -> std::result::Result<(), result::CublasError> {
+        let (a, b) = (p.right, p.left);
+        let (m, n, k) = (p.columns, p.rows, p.inner);
+        let types = (data_type(p.operands), data_type(p.result));
+        let desc = Desc::new()?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &op(a.transposed))?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, &op(b.transposed))?;
+        if let Some(bias) = p.bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &types.1)?;
+        }
+        let a_layout = Layout::new(types.0, if a.transposed { (k, m) } else { (m, k) })?;
+        let b_layout = Layout::new(types.0, if b.transposed { (n, k) } else { (k, n) })?;
+        let d_layout = Layout::new(types.1, (m, n))?;
+        let add = p.add.unwrap_or(p.out);
+        let all = a.address | b.address | p.out | add | p.bias.unwrap_or(0);
+        let key = Key {
+            shape: [m, n, k],
+            transposed: [a.transposed, b.transposed],
+            dtypes: [p.operands, p.result],
+            bias: p.bias.is_some(),
+            add: p.add.is_some(),
+            alignment: 1 << all.trailing_zeros().min(4),
+        };
+        let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
+        let (alpha, beta) = (1f32, if p.add.is_some() { 1f32 } else { 0f32 });
+        let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
+        let at = |address: u64| address as *const c_void;
+        // SAFETY: addresses are of live tensors of the shapes said (the op's gate), freed later on this stream;
+        // descriptors live until the call returns.
+        unsafe {
+            result::matmul(
+                self.handle,
+                desc.0,
+                (&alpha as *const f32).cast(),
+                (&beta as *const f32).cast(),
+                at(a.address),
+                a_layout.0,
+                at(b.address),
+                b_layout.0,
+                at(add),
+                d_layout.0,
+                p.out as *mut c_void,
+                d_layout.0,
+                &algo,
+                workspace as *mut c_void,
+                WORKSPACE,
+                self.stream.cu_stream().cast(),
+            )
+        }
+    }
+
+    fn algorithm(
+        &self,
+        key: Key,
+        desc: &Desc,
+        [a, b, d]: [&Layout; 3],
+    ) -> std::result::Result<sys::cublasLtMatmulAlgo_t, result::CublasError> {
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(algo) = chosen.get(&key) {
+            return Ok(*algo);
+        }
+        let preference = Preference::new()?;
+        let set = |attribute, value: &u64, bytes| {
+            let value: *const u64 = value;
+            // SAFETY: the preference is alive and the value has the attribute's size.
+            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, value.cast(), bytes) }
+        };
+        use sys::cublasLtMatmulPreferenceAttributes_t as P;
+        set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE as u64), 8)?;
+        for attribute in [
+            P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            set(attribute, &u64::from(key.alignment), 4)?;
+        }
+        // SAFETY: all descriptors are alive.
+        let found =
+            unsafe { result::get_matmul_algo_heuristic(self.handle, desc.0, a.0, b.0, d.0, d.0, preference.0) }?;
+        chosen.insert(key, found.algo);
+        Ok(found.algo)
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the handle. A failure here has no one to hear it.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn op(transposed: bool) -> i32 {
+    i32::from(transposed)
+}
+
+fn data_type(dtype: DType) -> sys::cudaDataType {
+    match dtype {
+        DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
+        DType::F16 => sys::cudaDataType::CUDA_R_16F,
+        _ => sys::cudaDataType::CUDA_R_32F,
+    }
+}
+
+struct Desc(sys::cublasLtMatmulDesc_t);
+
+impl Desc {
+    /// fp32 sums of exact products: no TF32.
+    fn new() -> std::result::Result<Self, result::CublasError> {
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        Ok(Desc(result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?))
+    }
+
+    fn set<T>(
+        &self,
+        attribute: sys::cublasLtMatmulDescAttributes_t,
+        value: &T,
+    ) -> std::result::Result<(), result::CublasError> {
+        let value: *const T = value;
+        // SAFETY: the descriptor is alive; the value has the attribute's type.
+        unsafe { result::set_matmul_desc_attribute(self.0, attribute, value.cast(), size_of::<T>()) }
+    }
+}
+
+impl Drop for Desc {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    /// Column-major (rows, columns) without gaps.
+    fn new(
+        dtype: sys::cudaDataType,
+        (rows, columns): (usize, usize),
+    ) -> std::result::Result<Self, result::CublasError> {
+        Ok(Layout(result::create_matrix_layout(dtype, rows as u64, columns as u64, rows as i64)?))
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> std::result::Result<Self, result::CublasError> {
+        Ok(Preference(result::create_matmul_pref()?))
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}

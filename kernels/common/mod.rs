@@ -1,0 +1,5 @@
+//! What the CUDA paths share.
+
+pub(crate) mod blas;
+mod copy;
+pub mod gpu;

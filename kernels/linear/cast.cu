@@ -1,0 +1,27 @@
+// Helpers of the linears: a cast between fp32, bf16 and fp16 (adapters' fp32 masters become operands of tensor cores),
+// dst += src in fp32 (gradients of adapters), and the padding of an adapter's rank. Eight values a thread; any length.
+#include "../common/vector.cuh"
+
+extern "C" __global__ void cast(wan::In x, wan::Out y, long n) {
+  const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+  if (at >= n) return;
+  float v[8];
+  wan::load8(x, at, n, v);
+  wan::store8(y, at, n, v);
+}
+
+// A flat buffer's parts begin anywhere: one value a thread.
+extern "C" __global__ void add_assign(float *dst, const float *src, long n) {
+  const long at = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at < n) dst[at] += src[at];
+}
+
+// y [.., wide] = x [rows, columns] with zeros to the right and below.
+extern "C" __global__ void pad(wan::In x, wan::Out y, int rows, int columns, int wide, long n) {
+  const long at = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= n) return;
+  const long row = at / wide;
+  const int column = static_cast<int>(at - row * wide);
+  const bool inside = row < rows && column < columns;
+  wan::store1(y, at, inside ? wan::load1(x, row * columns + column) : 0.f);
+}
