@@ -81,6 +81,15 @@ impl Frozen {
         Ok(Self { weight, bias })
     }
 
+    /// The linear with every tensor put through `f`, which keeps shapes and dtypes.
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let weight = match &self.weight {
+            Weight::Dense(w) => Weight::Dense(f(w)?),
+            Weight::Fp8(w) => Weight::Fp8(fp8::Weight::new(f(w.codes_oi())?, f(w.scale())?)?),
+        };
+        Self::new(weight, self.bias.as_ref().map(&mut *f).transpose()?)
+    }
+
     pub fn out_features(&self) -> usize {
         self.weight.dims()[0]
     }
@@ -131,8 +140,8 @@ impl Site<'_> {
         match &self.adapter {
             None => Ok(LinearOut { y, h: None }),
             Some(adapter) => {
-                let (delta, h) = adapter.forward(self.exec, x_bli)?;
-                Ok(LinearOut { y: add(self.exec, &y, &delta)?, h })
+                let (y, h) = adapter.forward(self.exec, x_bli, &y)?;
+                Ok(LinearOut { y, h })
             }
         }
     }
@@ -145,15 +154,12 @@ impl Site<'_> {
         dy_blo: &Tensor,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
-        let share = match &self.adapter {
-            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, true, sink)?,
+        let dx_bli = self.frozen.backward(self.exec, dy_blo, self.exec.compute())?;
+        let both = match &self.adapter {
+            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, Some(&dx_bli), sink)?,
             None => None,
         };
-        let dx_bli = self.frozen.backward(self.exec, dy_blo, self.exec.compute())?;
-        match share {
-            Some(share) => add(self.exec, &dx_bli, &share),
-            None => Ok(dx_bli),
-        }
+        Ok(both.unwrap_or(dx_bli))
     }
 
     /// The adapter's gradients alone, where nothing below the input is trained.
@@ -165,7 +171,7 @@ impl Site<'_> {
         sink: &mut dyn GradSink,
     ) -> Result<()> {
         if let Some(adapter) = &self.adapter {
-            adapter.backward(self.exec, x_bli, h, dy_blo, false, sink)?;
+            adapter.backward(self.exec, x_bli, h, dy_blo, None, sink)?;
         }
         Ok(())
     }

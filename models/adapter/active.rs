@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use wan_kernels::Exec;
 
 use super::{Adapter, Adapters, At, Dropout, WeightDelta};
+use crate::linear::add;
 use crate::wan::GradSink;
 use crate::Result;
 
@@ -30,39 +31,45 @@ impl<'a> Active<'a> {
         At { exec, site: &self.site, dropout: &self.dropout }
     }
 
-    /// `Δy` `[B, L, o]`, and for a LoRA the low-rank activation that backward can use.
-    pub fn forward(&self, exec: &Exec, x_bli: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        match self.adapter {
+    /// `y + Δy` `[B, L, o]` from the base's `y`, and for a LoRA the low-rank activation that backward can use.
+    pub fn forward(&self, exec: &Exec, x_bli: &Tensor, y_blo: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let delta = match self.adapter {
             Adapter::Lora(a) => {
-                let (delta, h) = a.forward(&self.at(exec), x_bli)?;
-                Ok((delta, Some(h)))
+                let (y, h) = a.forward(&self.at(exec), x_bli, y_blo)?;
+                return Ok((y, Some(h)));
             }
-            Adapter::Loha(a) => Ok((a.forward(&self.at(exec), x_bli)?, None)),
-            Adapter::Lokr(a) => Ok((a.forward(&self.at(exec), x_bli)?, None)),
-        }
+            Adapter::Loha(a) => a.forward(&self.at(exec), x_bli)?,
+            Adapter::Lokr(a) => a.forward(&self.at(exec), x_bli)?,
+        };
+        Ok((add(exec, y_blo, &delta)?, None))
     }
 
-    /// `h` is what forward returned; where it was not kept it is computed again, to the same bits.
+    /// `h` is what forward returned; where it was not kept it is computed again, to the same bits. With `dx_bli`, the
+    /// base's share of `dx`, returns the sum of both shares.
     pub fn backward(
         &self,
         exec: &Exec,
         x_bli: &Tensor,
         h: Option<&Tensor>,
         dy_blo: &Tensor,
-        need_dx: bool,
+        dx_bli: Option<&Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Option<Tensor>> {
         let at = self.at(exec);
-        match self.adapter {
+        let share = match self.adapter {
             Adapter::Lora(a) => {
                 let h = match h {
                     Some(h) => h.clone(),
                     None => a.down_scaled(&at, x_bli)?,
                 };
-                a.backward(&at, x_bli, &h, dy_blo, need_dx, sink)
+                return a.backward(&at, x_bli, &h, dy_blo, dx_bli, sink);
             }
-            Adapter::Loha(a) => a.backward(&at, x_bli, dy_blo, need_dx, sink),
-            Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, need_dx, sink),
+            Adapter::Loha(a) => a.backward(&at, x_bli, dy_blo, dx_bli.is_some(), sink)?,
+            Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, dx_bli.is_some(), sink)?,
+        };
+        match (dx_bli, share) {
+            (Some(dx), Some(share)) => Ok(Some(add(exec, dx, &share)?)),
+            _ => Ok(None),
         }
     }
 }

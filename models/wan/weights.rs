@@ -137,6 +137,37 @@ impl BlockWeights {
         self.linears().iter().map(|l| l.weight.bytes()).sum()
     }
 
+    /// The block with every tensor put through `f`.
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let (s, c) = (&self.self_attn, &self.cross_attn);
+        Ok(Self {
+            modulation: f(&self.modulation)?,
+            self_attn: SelfWeights {
+                q: s.q.map(f)?,
+                k: s.k.map(f)?,
+                v: s.v.map(f)?,
+                o: s.o.map(f)?,
+                norm_q: f(&s.norm_q)?,
+                norm_k: f(&s.norm_k)?,
+            },
+            norm3: self.norm3.map(f)?,
+            cross_attn: CrossWeights {
+                q: c.q.map(f)?,
+                k: c.k.map(f)?,
+                v: c.v.map(f)?,
+                o: c.o.map(f)?,
+                norm_q: f(&c.norm_q)?,
+                norm_k: f(&c.norm_k)?,
+                image: match &c.image {
+                    Some(i) => Some(ImageKv { k: i.k.map(f)?, v: i.v.map(f)?, norm_k: f(&i.norm_k)? }),
+                    None => None,
+                },
+            },
+            ffn_0: self.ffn_0.map(f)?,
+            ffn_2: self.ffn_2.map(f)?,
+        })
+    }
+
     /// The block's linears in creation order.
     pub fn linears(&self) -> Vec<&Frozen> {
         let (s, c) = (&self.self_attn, &self.cross_attn);
@@ -149,7 +180,37 @@ impl BlockWeights {
     }
 }
 
+impl NormAffine {
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { weight: f(&self.weight)?, bias: f(&self.bias)? })
+    }
+}
+
 impl WanWeights {
+    /// The weights with every tensor put through `f`.
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let img_emb = match &self.img_emb {
+            Some(i) => Some(ImgEmbWeights {
+                emb_pos: i.emb_pos.as_ref().map(&mut *f).transpose()?,
+                norm_in: i.norm_in.map(f)?,
+                fc_in: i.fc_in.map(f)?,
+                fc_out: i.fc_out.map(f)?,
+                norm_out: i.norm_out.map(f)?,
+            }),
+            None => None,
+        };
+        Ok(Self {
+            patch_embedding: self.patch_embedding.map(f)?,
+            text_in: self.text_in.map(f)?,
+            text_out: self.text_out.map(f)?,
+            time_in: self.time_in.map(f)?,
+            time_out: self.time_out.map(f)?,
+            time_projection: self.time_projection.map(f)?,
+            img_emb,
+            head: HeadWeights { linear: self.head.linear.map(f)?, modulation: f(&self.head.modulation)? },
+        })
+    }
+
     /// Asks for every tensor outside the blocks and checks its shape.
     pub fn from_getter(arch: &WanArch, get: &mut Getter) -> Result<Self> {
         let dim = arch.dim;
