@@ -25,10 +25,33 @@ pub enum Invocation {
         typed: Typed,
         json: bool,
     },
+    Bench {
+        typed: Typed,
+        options: BenchOptions,
+    },
     Verify {
         golden: Option<PathBuf>,
         device: String,
     },
+}
+
+/// What `bench` measures, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BenchOptions {
+    pub what: BenchWhat,
+    pub case: String,
+    pub steps: u64,
+    pub json: bool,
+    /// `ops` only: hold every kernel against its definition instead of timing it.
+    pub check: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BenchWhat {
+    /// Training steps.
+    Steps,
+    /// Single operations.
+    Ops,
 }
 
 /// Which caches `cache` makes.
@@ -56,6 +79,25 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
         }
         Some(("show", m)) => {
             Invocation::Show { name: m.get_one::<String>("name").cloned(), typed: typed(m), json: m.get_flag("json") }
+        }
+        Some(("bench", m)) => {
+            let mut typed = typed(m);
+            if let Some(rank) = m.get_one::<u64>("rank") {
+                for name in ["network_dim", "network_alpha"] {
+                    typed.flags.insert(name, vec![rank.to_string()]);
+                }
+            }
+            let options = BenchOptions {
+                what: match m.get_one::<String>("what").map(String::as_str) {
+                    Some("ops") => BenchWhat::Ops,
+                    _ => BenchWhat::Steps,
+                },
+                case: m.get_one::<String>("case").cloned().unwrap_or_default(),
+                steps: m.get_one::<u64>("steps").copied().unwrap_or(5),
+                json: m.get_flag("json"),
+                check: m.get_flag("check"),
+            };
+            Invocation::Bench { typed, options }
         }
         Some(("verify", m)) => Invocation::Verify {
             golden: m.get_one::<PathBuf>("golden").cloned(),
@@ -86,6 +128,38 @@ pub fn command() -> Command {
             verb("show", "Print the resolved configuration of a template, or list what is built in")
                 .arg(Arg::new("name").help("Template, or an embedded file such as datasets/NAME.toml"))
                 .arg(flag("json", "One flat JSON object")),
+        )
+        .subcommand(
+            verb("bench", "Time training steps on random weights, or single operations; needs a card, no files")
+                .arg(
+                    Arg::new("what")
+                        .value_parser(PossibleValuesParser::new(["steps", "ops"]))
+                        .default_value("steps")
+                        .help("Training steps, or every kernel by itself"),
+                )
+                .arg(
+                    Arg::new("case")
+                        .long("case")
+                        .default_value("v21")
+                        .help("img720, v21, v45, or WIDTHxHEIGHTxFRAMES in pixels"),
+                )
+                .arg(
+                    Arg::new("steps")
+                        .long("steps")
+                        .value_name("N")
+                        .value_parser(clap::value_parser!(u64).range(2..))
+                        .default_value("5")
+                        .help("Steps to time, after one that warms up; the one behind them is profiled"),
+                )
+                .arg(
+                    Arg::new("rank")
+                        .long("rank")
+                        .value_name("N")
+                        .value_parser(clap::value_parser!(u64).range(1..))
+                        .help("Rank and alpha of the LoRA [42]"),
+                )
+                .arg(flag("json", "One JSON object a line"))
+                .arg(flag("check", "With `ops`: hold every kernel against its definition")),
         )
         .subcommand(
             Command::new("verify")

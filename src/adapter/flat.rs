@@ -58,6 +58,17 @@ impl Flat {
         }
     }
 
+    /// Lends the values for reading and writing; of a buffer on a device a copy, which then takes its place.
+    pub fn edit<T>(&self, body: impl FnOnce(&mut [f32]) -> T) -> Result<T> {
+        if self.tensor.device().is_cpu() {
+            return self.write(body);
+        }
+        let mut values = self.to_vec()?;
+        let out = body(&mut values);
+        self.set(&(0..self.len()), &values)?;
+        Ok(out)
+    }
+
     /// Lends the values of this buffer for writing and those of another for reading.
     pub fn write_with<T>(&self, other: &Flat, body: impl FnOnce(&mut [f32], &[f32]) -> T) -> Result<T> {
         let run = WriteWith { body: Mutex::new(Some(body)), out: Mutex::new(None) };
@@ -68,12 +79,25 @@ impl Flat {
         }
     }
 
-    /// Overwrites a part.
+    /// Overwrites a part, wherever the buffer lies.
     pub fn set(&self, range: &Range<usize>, values: &[f32]) -> Result<()> {
         if values.len() != range.len() {
             bail!("{} values for {} elements", values.len(), range.len());
         }
-        self.write(|all| all[range.clone()].copy_from_slice(values))
+        if self.tensor.device().is_cpu() {
+            return self.write(|all| all[range.clone()].copy_from_slice(values));
+        }
+        let fresh = Tensor::from_slice(values, values.len(), self.tensor.device())?;
+        Ok(self.tensor.slice_set(&fresh, 0, range.start)?)
+    }
+
+    /// L2 norm of all values; not finite if any is not.
+    pub fn norm(&self) -> Result<f64> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = wan_kernels::gpu::Gpu::of(self.tensor.device()) {
+            return Ok(wan_kernels::adamw::cuda::global_norm(&gpu, &self.tensor)?);
+        }
+        self.read(wan_kernels::adamw::global_norm)
     }
 
     /// Sets every element to zero.
@@ -84,6 +108,10 @@ impl Flat {
 
 /// `view += grad`, where `view` is a part of a [`Flat`].
 pub fn add_assign(view: &Tensor, grad: &Tensor) -> candle_core::Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = wan_kernels::gpu::Gpu::of(view.device()) {
+        return wan_kernels::linear::add_assign(&gpu, view, grad).map_err(candle_core::Error::wrap);
+    }
     view.inplace_op2(&grad.contiguous()?, &AddAssign)
 }
 

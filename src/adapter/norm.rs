@@ -17,7 +17,7 @@ pub struct NormReport {
 /// Brings ‖scale · up · down‖ of every site to at most `limit`.
 pub fn apply(params: &AdapterParams, limit: f64) -> Result<NormReport> {
     let layout = params.layout().clone();
-    params.master().write(|all| {
+    params.master().edit(|all| {
         let mut report = NormReport::default();
         for (site, scale) in layout.sites.iter().zip(&layout.scales) {
             let Some([down, up]) = layout.of_site(&site.name) else { continue };

@@ -158,11 +158,26 @@ impl Job {
 /// Where to compute, by name; `auto` takes CUDA when build and machine have it.
 pub fn exec(device: &str, compute: DType) -> anyhow::Result<Exec> {
     match device {
+        #[cfg(feature = "cuda")]
+        "cuda" => cuda(compute),
+        // Where there is no card, everything still runs.
+        #[cfg(feature = "cuda")]
+        "auto" => cuda(compute).or(Ok(Exec::Reference { device: Device::Cpu, compute })),
+        #[cfg(not(feature = "cuda"))]
         "cuda" => Err(UserError::new("this build computes on the CPU only")
             .hint("build with `make cuda`, or leave --device out")
             .into()),
         _ => Ok(Exec::Reference { device: Device::Cpu, compute }),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(compute: DType) -> anyhow::Result<Exec> {
+    Exec::cuda(0, compute).map_err(|e| {
+        UserError::new(e.to_string())
+            .hint("`nvidia-smi` shows card and driver (CUDA 12 or later is needed); --device cpu computes without")
+            .into()
+    })
 }
 
 /// Dtype by the names the old trainer takes.

@@ -1,5 +1,6 @@
 //! One file per verb. This is the only place that wires the stages together.
 
+mod bench;
 mod cache;
 mod demo;
 mod job;
@@ -27,6 +28,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Train(typed) => train::run(&Job::new(&typed)?),
         Invocation::Plan(typed) => plan::run(&Job::new(&typed)?),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
+        Invocation::Bench { typed, options } => bench::run(typed, &options),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use wan_models::wan::{Numerics, WanModel};
 
@@ -18,7 +17,7 @@ use crate::checkpoint::store::{newest_checkpoint, require_file};
 use crate::checkpoint::{Identity, LoraFile, TrainState};
 use crate::config::{Layer, RunConfig};
 use crate::fsio;
-use crate::residency::{CpuCopy, Residency, ResidencySpec};
+use crate::residency::{Residency, ResidencySpec};
 use crate::train::{state, Outcome, Parts, TrainSettings, Trainer};
 
 pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
@@ -68,8 +67,10 @@ pub fn train(job: &Job, prepared: &mut Prepared) -> anyhow::Result<ExitCode> {
 
     let exec = job.exec()?;
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
+    let rest = rest.map(&mut |t| Ok(t.to_device(exec.device())?))?;
     let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
-    let residency = Residency::new(blocks.into_iter().map(Arc::new).collect(), spec, Arc::new(CpuCopy));
+    let (residency, note) = Residency::on(&exec, blocks, spec)?;
+    note.iter().for_each(|note| say(&format!("note: {note}")));
     let save_plan = plan.save_plan();
     let parts = Parts { exec: &exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &index };
     let identity = Identity {

@@ -89,7 +89,12 @@ pub struct Buffers {
     pub u8: BTreeMap<String, Vec<u8>>,
 }
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 enum State {
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::State),
     Full {
         m: Vec<f32>,
         v: Vec<f32>,
@@ -118,6 +123,16 @@ impl Optimizer {
         Self { spec, state, applied: 0 }
     }
 
+    /// The same with the moments where masters and gradients lie.
+    pub fn on(spec: OptimizerSpec, layout: &Layout, device: &candle_core::Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = wan_kernels::gpu::Gpu::of(device) {
+            return Ok(Self { spec, state: State::Cuda(cuda::State::new(gpu, spec.kind, layout)?), applied: 0 });
+        }
+        anyhow::ensure!(device.is_cpu(), "the optimizer has no kernels for {device:?}");
+        Ok(Self::new(spec, layout))
+    }
+
     pub fn applied(&self) -> u64 {
         self.applied
     }
@@ -136,12 +151,20 @@ impl Optimizer {
         let at = Step { number: self.applied + 1, lr, grad_scale };
         let rate = |plus: bool| if plus { lr_plus } else { lr };
         let (adamw, state) = (&self.spec.adamw, &mut self.state);
+        #[cfg(feature = "cuda")]
+        if let State::Cuda(state) = state {
+            state.step(adamw, &at, &merged(layout, rate), lr_plus, master.tensor(), grads.tensor())?;
+            self.applied += 1;
+            return Ok(());
+        }
         master.write_with(grads, |params, grads| -> Result<()> {
             match state {
                 State::Full { m, v } => {
                     let ranges = merged(layout, rate);
                     adamw::step_ranges(adamw, &at, &ranges, params, grads, m, v)?;
                 }
+                #[cfg(feature = "cuda")]
+                State::Cuda(_) => unreachable!("stepped above"),
                 State::Coded(all) => {
                     for (p, moments) in layout.params.iter().zip(all) {
                         let r = || p.range.clone();
@@ -157,64 +180,89 @@ impl Optimizer {
     }
 
     /// Copies of all moments by name.
-    pub fn export(&self, layout: &Layout) -> Buffers {
-        let mut out = Buffers::default();
+    pub fn export(&self, layout: &Layout) -> Result<Buffers> {
         match &self.state {
-            State::Full { m, v } => {
-                out.f32.insert("m".into(), m.clone());
-                out.f32.insert("v".into(), v.clone());
-            }
-            State::Coded(all) => {
-                for (p, moments) in layout.params.iter().zip(all) {
-                    let name = |part: &str| format!("{}.{part}", layout.full_name(p));
-                    match moments {
-                        Moments::Full { m, v } => {
-                            out.f32.insert(name("m"), m.clone());
-                            out.f32.insert(name("v"), v.clone());
-                        }
-                        Moments::Blocks { m, v, m_max, v_max } => {
-                            out.u8.insert(name("m"), m.clone());
-                            out.u8.insert(name("v"), v.clone());
-                            out.f32.insert(name("m_max"), m_max.clone());
-                            out.f32.insert(name("v_max"), v_max.clone());
-                        }
-                    }
-                }
-            }
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => Ok(export(&state.export()?, layout)),
+            state => Ok(export(state, layout)),
         }
-        out
     }
 
     /// Replaces the moments by exported ones. Every buffer must be there with its length.
     pub fn import(&mut self, layout: &Layout, buffers: &Buffers, applied: u64) -> Result<()> {
         match &mut self.state {
-            State::Full { m, v } => {
-                fill(m, buffers.f32.get("m"), "m")?;
-                fill(v, buffers.f32.get("v"), "v")?;
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => {
+                let mut host = state.export()?;
+                import(&mut host, layout, buffers)?;
+                state.import(&host)?;
             }
-            State::Coded(all) => {
-                for (p, moments) in layout.params.iter().zip(all) {
-                    let name = |part: &str| format!("{}.{part}", layout.full_name(p));
-                    let floats = |part: &str| buffers.f32.get(&name(part));
-                    let codes = |part: &str| buffers.u8.get(&name(part));
-                    match moments {
-                        Moments::Full { m, v } => {
-                            fill(m, floats("m"), &name("m"))?;
-                            fill(v, floats("v"), &name("v"))?;
-                        }
-                        Moments::Blocks { m, v, m_max, v_max } => {
-                            fill(m, codes("m"), &name("m"))?;
-                            fill(v, codes("v"), &name("v"))?;
-                            fill(m_max, floats("m_max"), &name("m_max"))?;
-                            fill(v_max, floats("v_max"), &name("v_max"))?;
-                        }
-                    }
-                }
-            }
+            state => import(state, layout, buffers)?,
         }
         self.applied = applied;
         Ok(())
     }
+}
+
+fn export(state: &State, layout: &Layout) -> Buffers {
+    let mut out = Buffers::default();
+    match state {
+        #[cfg(feature = "cuda")]
+        State::Cuda(_) => unreachable!("exported to host memory first"),
+        State::Full { m, v } => {
+            out.f32.insert("m".into(), m.clone());
+            out.f32.insert("v".into(), v.clone());
+        }
+        State::Coded(all) => {
+            for (p, moments) in layout.params.iter().zip(all) {
+                let name = |part: &str| format!("{}.{part}", layout.full_name(p));
+                match moments {
+                    Moments::Full { m, v } => {
+                        out.f32.insert(name("m"), m.clone());
+                        out.f32.insert(name("v"), v.clone());
+                    }
+                    Moments::Blocks { m, v, m_max, v_max } => {
+                        out.u8.insert(name("m"), m.clone());
+                        out.u8.insert(name("v"), v.clone());
+                        out.f32.insert(name("m_max"), m_max.clone());
+                        out.f32.insert(name("v_max"), v_max.clone());
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn import(state: &mut State, layout: &Layout, buffers: &Buffers) -> Result<()> {
+    match state {
+        #[cfg(feature = "cuda")]
+        State::Cuda(_) => unreachable!("imported through host memory"),
+        State::Full { m, v } => {
+            fill(m, buffers.f32.get("m"), "m")?;
+            fill(v, buffers.f32.get("v"), "v")?;
+        }
+        State::Coded(all) => {
+            for (p, moments) in layout.params.iter().zip(all) {
+                let name = |part: &str| format!("{}.{part}", layout.full_name(p));
+                let floats = |part: &str| buffers.f32.get(&name(part));
+                let codes = |part: &str| buffers.u8.get(&name(part));
+                match moments {
+                    Moments::Full { m, v } => {
+                        fill(m, floats("m"), &name("m"))?;
+                        fill(v, floats("v"), &name("v"))?;
+                    }
+                    Moments::Blocks { m, v, m_max, v_max } => {
+                        fill(m, codes("m"), &name("m"))?;
+                        fill(v, codes("v"), &name("v"))?;
+                        fill(m_max, floats("m_max"), &name("m_max"))?;
+                        fill(v_max, floats("v_max"), &name("v_max"))?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn fill<T: Copy>(to: &mut [T], from: Option<&Vec<T>>, name: &str) -> Result<()> {
@@ -285,14 +333,14 @@ mod tests {
             };
             (0..3).for_each(|_| step(&mut one, &a));
             let (b, _, mut two) = setup(kind, None);
-            two.import(&layout, &one.export(&layout), one.applied()).unwrap();
+            two.import(&layout, &one.export(&layout).unwrap(), one.applied()).unwrap();
             b.master().set(&(0..a.len()), &a.master().to_vec().unwrap()).unwrap();
             (0..3).for_each(|_| (step(&mut one, &a), step(&mut two, &b)).0);
             let bits = |p: &AdapterParams| -> Vec<u32> {
                 p.master().to_vec().unwrap().into_iter().map(f32::to_bits).collect()
             };
             assert_eq!(bits(&a), bits(&b), "{kind}");
-            assert_eq!(one.export(&layout), two.export(&layout));
+            assert_eq!(one.export(&layout).unwrap(), two.export(&layout).unwrap());
             assert!(two.import(&layout, &Buffers::default(), 3).is_err());
         }
     }

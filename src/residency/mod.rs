@@ -3,10 +3,13 @@
 //!
 //! Both lend through [`WeightProvider`]; which one a run uses changes memory and time, never a bit of the result.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod ring;
 
 use std::sync::Arc;
 
+use wan_kernels::Exec;
 use wan_models::wan::{BlockWeights, Lease, Pass, ResidentWeights, WeightProvider};
 use wan_models::Result;
 
@@ -58,6 +61,19 @@ impl Residency {
             true => Self::Resident(ResidentWeights(blocks)),
             false => Self::Ring(Ring::new(blocks, streamed, spec.ring_size, upload)),
         }
+    }
+}
+
+impl Residency {
+    /// The same for the device that `exec` computes on, from blocks in host memory: resident ones move there, streamed
+    /// ones are pinned where they are. Also a sentence for the user, where pinning was refused.
+    pub fn on(exec: &Exec, blocks: Vec<BlockWeights>, spec: ResidencySpec) -> anyhow::Result<(Self, Option<String>)> {
+        #[cfg(feature = "cuda")]
+        if let Exec::Cuda { gpu, .. } = exec {
+            return cuda::residency(gpu, blocks, spec);
+        }
+        let _ = exec;
+        Ok((Self::new(blocks.into_iter().map(Arc::new).collect(), spec, Arc::new(CpuCopy)), None))
     }
 }
 

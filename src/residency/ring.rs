@@ -6,8 +6,7 @@ use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use wan_models::linear::{Frozen, Weight};
-use wan_models::wan::{BlockWeights, CrossWeights, ImageKv, Lease, NormAffine, Pass, SelfWeights, WeightProvider};
+use wan_models::wan::{BlockWeights, Lease, Pass, WeightProvider};
 use wan_models::{Error, Result};
 
 /// Brings the master of a block to where it is computed with.
@@ -20,7 +19,7 @@ pub struct CpuCopy;
 
 impl Upload for CpuCopy {
     fn upload(&self, master: &BlockWeights) -> Result<BlockWeights> {
-        copy_block(master)
+        master.map(&mut |t| Ok(t.copy()?))
     }
 }
 
@@ -178,43 +177,4 @@ impl Drop for Ring {
             let _ = worker.join();
         }
     }
-}
-
-fn copy_block(b: &BlockWeights) -> Result<BlockWeights> {
-    let (s, c) = (&b.self_attn, &b.cross_attn);
-    let image = match &c.image {
-        Some(i) => Some(ImageKv { k: copy_linear(&i.k)?, v: copy_linear(&i.v)?, norm_k: i.norm_k.copy()? }),
-        None => None,
-    };
-    Ok(BlockWeights {
-        modulation: b.modulation.copy()?,
-        self_attn: SelfWeights {
-            q: copy_linear(&s.q)?,
-            k: copy_linear(&s.k)?,
-            v: copy_linear(&s.v)?,
-            o: copy_linear(&s.o)?,
-            norm_q: s.norm_q.copy()?,
-            norm_k: s.norm_k.copy()?,
-        },
-        norm3: NormAffine { weight: b.norm3.weight.copy()?, bias: b.norm3.bias.copy()? },
-        cross_attn: CrossWeights {
-            q: copy_linear(&c.q)?,
-            k: copy_linear(&c.k)?,
-            v: copy_linear(&c.v)?,
-            o: copy_linear(&c.o)?,
-            norm_q: c.norm_q.copy()?,
-            norm_k: c.norm_k.copy()?,
-            image,
-        },
-        ffn_0: copy_linear(&b.ffn_0)?,
-        ffn_2: copy_linear(&b.ffn_2)?,
-    })
-}
-
-fn copy_linear(l: &Frozen) -> Result<Frozen> {
-    let weight = match &l.weight {
-        Weight::Dense(w) => Weight::Dense(w.copy()?),
-        Weight::Fp8(w) => Weight::scaled(w.codes_oi().copy()?, w.scale().copy()?)?,
-    };
-    Frozen::new(weight, l.bias.as_ref().map(|b| b.copy()).transpose()?)
 }

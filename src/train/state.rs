@@ -27,7 +27,7 @@ impl Trainer<'_> {
             let data = masters[p.range.clone()].to_vec();
             adapters.insert(layout.full_name(p), Master { shape: p.shape.to_vec(), data });
         }
-        let moments = self.optimizer.export(layout);
+        let moments = self.optimizer.export(layout)?;
         let prefixed = |name: String| format!("{OPTIMIZER}{name}");
         let mut buffers_f32: std::collections::BTreeMap<_, _> =
             moments.f32.into_iter().map(|(k, v)| (prefixed(k), v)).collect();

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::{anyhow, Context, Result};
 use candle_core::DType;
-use wan_kernels::adamw::{clip_scale, global_norm};
+use wan_kernels::adamw::clip_scale;
 use wan_kernels::Exec;
 use wan_models::wan::{SavePlan, WanModel, WeightProvider};
 
@@ -81,7 +81,7 @@ impl<'a> Trainer<'a> {
         let sites = select(parts.model.arch(), &settings.network.patterns)?;
         let params = AdapterParams::new(settings.network.clone(), sites, settings.seed, parts.exec.device())?;
         let grads = Grads::new(params.layout().clone(), parts.exec.device())?;
-        let optimizer = Optimizer::new(settings.optimizer, params.layout());
+        let optimizer = Optimizer::on(settings.optimizer, params.layout(), parts.exec.device())?;
         let facts = RunFacts {
             total_steps: settings.total_steps(batches),
             total_epochs: settings.total_epochs(batches),
@@ -263,7 +263,7 @@ impl<'a> Trainer<'a> {
 
     /// One optimizer step from the gathered gradients, or a skipped one where they are not finite. Either counts.
     fn update(&mut self, group: &mut Group, since: &mut Instant) -> Result<Update> {
-        let norm = self.grads.flat().read(global_norm)? / self.scale.factor();
+        let norm = self.grads.flat().norm()? / self.scale.factor();
         let mut update = Update { grad_norm: norm, skipped: None, norms: None, seconds: 0.0 };
         let finite = norm.is_finite() && !group.bad;
         if finite {

@@ -1,0 +1,389 @@
+//! `wan-train bench`: real training steps of the 14B model on random weights made on the card, without any file; and
+//! `bench ops`: every kernel by itself, timed (or, with `--check`, held against its definition).
+
+use std::process::ExitCode;
+
+use crate::cli::BenchOptions;
+use crate::config::Typed;
+use crate::error::UserError;
+
+/// A latent video by name: what the case names of reports mean.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+fn pixels(case: &str) -> Result<[usize; 3], UserError> {
+    match case {
+        "img720" => return Ok([1280, 720, 1]),
+        "v21" => return Ok([1280, 720, 21]),
+        "v45" => return Ok([960, 544, 45]),
+        _ => {}
+    }
+    let sizes: Vec<usize> = case.split('x').filter_map(|n| n.parse().ok()).collect();
+    match sizes[..] {
+        [w, h, f] if w >= 16 && h >= 16 && w % 16 == 0 && h % 16 == 0 && f % 4 == 1 => Ok([w, h, f]),
+        _ => Err(UserError::usage(format!("--case {case} is neither img720, v21, v45 nor WIDTHxHEIGHTxFRAMES"))
+            .hint("width and height are multiples of 16, frames one more than a multiple of 4: 832x480x81")),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn run(_typed: Typed, _options: &BenchOptions) -> anyhow::Result<ExitCode> {
+    Err(UserError::new("this build computes on the CPU only").hint("build with `make cuda`").into())
+}
+
+#[cfg(feature = "cuda")]
+pub fn run(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+    on_card::run(typed, options)
+}
+
+#[cfg(feature = "cuda")]
+mod on_card {
+    use std::collections::BTreeMap;
+    use std::process::ExitCode;
+    use std::sync::atomic::AtomicBool;
+
+    use candle_core::{DType, Device, Tensor};
+    use serde_json::json;
+    use wan_kernels::gpu::Gpu;
+    use wan_kernels::{bench, check, fp8, Exec};
+    use wan_models::arch::WanArch;
+    use wan_models::keys;
+    use wan_models::linear::Weight;
+    use wan_models::wan::{BlockWeights, Numerics, SavePlan, WanModel, WanWeights};
+
+    use crate::adapter::select;
+    use crate::cache::index::{Bucket, BucketKey, ItemTensors};
+    use crate::checkpoint::Identity;
+    use crate::cli::{BenchOptions, BenchWhat};
+    use crate::commands::job::Job;
+    use crate::config::{Layer, Typed};
+    use crate::error::UserError;
+    use crate::plan::{self, available_ram, Budget, RunShape, Target, Wishes};
+    use crate::residency::{Residency, ResidencySpec};
+    use crate::train::{Items, MicroStep, Observer, Parts, TrainSettings, Trainer};
+
+    const GIB: f64 = (1u64 << 30) as f64;
+    /// Rows of a prompt of usual length.
+    const TEXT_ROWS: usize = 120;
+    /// Memory that plans leave to the driver and other programs.
+    const MARGIN: u64 = 1 << 30;
+
+    pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let mut default = |name: &'static str, words: &[&str]| {
+            typed.flags.entry(name).or_insert_with(|| words.iter().map(|w| w.to_string()).collect());
+        };
+        default("task", &["t2v-14B"]);
+        default("mixed_precision", &["bf16"]);
+        default("fp8_base", &[]);
+        default("fp8_scaled", &[]);
+        default("network_dim", &["42"]);
+        default("network_alpha", &["42"]);
+        default("optimizer_type", &["adamw"]);
+        default("device", &["cuda"]);
+        default("seed", &["1"]);
+        let steps = (options.steps + 2).to_string();
+        typed.flags.insert("max_train_steps", vec![steps]);
+        let job = Job::new(&typed)?;
+        let exec = job.exec()?;
+        let Exec::Cuda { gpu, .. } = &exec else {
+            return Err(UserError::new("bench measures a card; this run computes on the CPU").into());
+        };
+        match options.what {
+            BenchWhat::Ops if options.check => checked(gpu),
+            BenchWhat::Ops => ops(gpu, &job, exec.compute(), options),
+            BenchWhat::Steps => train(gpu, &job, &exec, options),
+        }
+    }
+
+    fn checked(gpu: &Gpu) -> anyhow::Result<ExitCode> {
+        let rows = check::all(gpu)?;
+        let wrong: Vec<_> = rows.iter().filter(|r| !r.right).collect();
+        for row in &wrong {
+            println!("WRONG {:28} {:40} error {:.2e}, naive {:.2e}", row.op, row.case, row.error, row.naive);
+        }
+        let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
+        for row in rows.iter().filter(|r| r.naive > 0.0) {
+            let ratio = row.error / row.naive;
+            let entry = worst.entry(&row.op).or_default();
+            *entry = entry.max(ratio);
+        }
+        for (op, ratio) in worst {
+            println!("{op:28} largest error over the naive one's: {ratio:.2}");
+        }
+        println!("{} of {} results are right", rows.len() - wrong.len(), rows.len());
+        Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn ops(gpu: &Gpu, job: &Job, compute: DType, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let [_, f, h, w] = latent(super::pixels(&options.case)?);
+        let tokens = f * (h / 2) * (w / 2);
+        for row in bench::ops(gpu, compute, tokens, job.config.network_dim as usize)? {
+            let (tflops, gbytes) = (row.tflops(), row.gbytes());
+            match options.json {
+                true => {
+                    println!(
+                        "{}",
+                        json!({"op": row.op, "case": row.case, "ms": row.ms, "tflops": tflops, "gb_s": gbytes})
+                    )
+                }
+                false => {
+                    println!("{:30} {:32} {:9.3} ms {tflops:7.0} TFLOP/s {gbytes:7.0} GB/s", row.op, row.case, row.ms)
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Channels, frames, rows, columns of the Wan 2.1 latent of a video.
+    fn latent([w, h, f]: [usize; 3]) -> [usize; 4] {
+        [16, (f - 1) / 4 + 1, h / 8, w / 8]
+    }
+
+    /// One item, drawn anew for every step.
+    struct Synthetic {
+        buckets: Vec<Bucket>,
+        shape: [usize; 4],
+        text: usize,
+    }
+
+    impl Items for Synthetic {
+        fn buckets(&self) -> &[Bucket] {
+            &self.buckets
+        }
+
+        fn load(&self, _item: usize) -> anyhow::Result<ItemTensors> {
+            let normal = |shape: &[usize]| Tensor::randn(0f32, 1f32, shape, &Device::Cpu);
+            Ok(ItemTensors {
+                latents: normal(&self.shape)?,
+                latents_image: None,
+                control: None,
+                clip: None,
+                context: (normal(&[TEXT_ROWS, self.text])? * 0.1)?.to_dtype(DType::BF16)?,
+            })
+        }
+
+        fn name(&self, item: usize) -> String {
+            format!("synthetic {item}")
+        }
+    }
+
+    /// Times of the steps; a profile of the last one.
+    struct Clock<'a> {
+        gpu: &'a Gpu,
+        seconds: Vec<f64>,
+        losses: Vec<f32>,
+        skipped: usize,
+        profiled: u64,
+        peak: u64,
+    }
+
+    impl Observer for Clock<'_> {
+        fn micro_step(&mut self, step: &MicroStep) {
+            let Some(update) = step.update else { return };
+            self.losses.push(step.loss);
+            self.seconds.push(update.seconds);
+            self.skipped += usize::from(update.skipped.is_some());
+            self.peak = self.gpu.memory().map_or(0, |m| m.peak);
+            if step.step + 1 == self.profiled {
+                self.gpu.start_profile();
+            }
+        }
+    }
+
+    fn train(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let arch = &job.model.arch;
+        let [w, h, f] = super::pixels(&options.case)?;
+        let shape = latent([w, h, f]);
+        let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
+        let typed = |name: &str| job.resolved.origin.get(name).is_some_and(|layer| *layer != Layer::Default);
+        let work = plan::Job::from_config(
+            &job.config,
+            arch,
+            &RunShape {
+                target: Target::Cuda,
+                checkpoint_bytes: 2,
+                latent: [shape[1] as u64, shape[2] as u64, shape[3] as u64],
+                batch: 1,
+                adapter: settings.network.adapter,
+                sites: select(arch, &settings.network.patterns)?,
+            },
+        );
+        let free = gpu.memory()?.free.saturating_sub(MARGIN);
+        let device = job.config.vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
+        let budget = Budget { device, host: available_ram().unwrap_or(u64::MAX) };
+        let wishes = Wishes {
+            blocks_to_swap: typed("blocks_to_swap").then_some(job.config.blocks_to_swap),
+            ring_size: typed("block_swap_ring_size").then_some(job.config.block_swap_ring_size),
+            recompute: job.config.gradient_checkpointing,
+            offload: job.config.gradient_checkpointing_cpu_offload,
+        };
+        let planned = plan::choose(&work, budget, wishes)
+            .map_err(|s| UserError::new(format!("this case does not fit:\n{}{s}", s.memory)))?;
+        if !options.json {
+            println!("{planned}");
+        }
+
+        let clock = std::time::Instant::now();
+        let numerics = if job.config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
+        let arrangement = &planned.arrangement;
+        let spec = ResidencySpec {
+            blocks_to_swap: arrangement.blocks_to_swap as usize,
+            ring_size: arrangement.ring_size as usize,
+        };
+        let (rest, blocks) = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers))?;
+        let model = WanModel::new(arch.clone(), rest, numerics)?;
+        let (residency, note) = Residency::on(exec, blocks, spec)?;
+        note.iter().for_each(|note| eprintln!("note: {note}"));
+        let save_plan = SavePlan::per_block(arrangement.saving.clone());
+        let items = Synthetic {
+            buckets: vec![Bucket {
+                dataset: 0,
+                key: BucketKey { width: w, height: h, frames: f },
+                batch_size: 1,
+                entries: (0..options.steps as usize + 2).collect(),
+            }],
+            shape,
+            text: arch.text_dim,
+        };
+        let parts = Parts { exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &items };
+        let mut trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null)?;
+        gpu.synchronize()?;
+        let prepared = clock.elapsed().as_secs_f64();
+        gpu.reset_peak()?;
+        let mut watch = Clock {
+            gpu,
+            seconds: Vec::new(),
+            losses: Vec::new(),
+            skipped: 0,
+            // The last step is profiled and not counted: its events cost time.
+            profiled: options.steps + 2,
+            peak: 0,
+        };
+        trainer.run(&mut watch, &mut (), &AtomicBool::new(false))?;
+        let classes = gpu.finish_profile()?;
+        report(gpu, job, options, &planned, &watch, &classes, prepared, work.tokens())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn report(
+        gpu: &Gpu,
+        job: &Job,
+        options: &BenchOptions,
+        planned: &plan::Plan,
+        watch: &Clock,
+        classes: &[(&str, usize, f64)],
+        prepared: f64,
+        tokens: u64,
+    ) -> anyhow::Result<ExitCode> {
+        // The first step loads kernels and fills the pool.
+        let counted = &watch.seconds[1..watch.seconds.len().saturating_sub(1).max(1)];
+        let mut sorted = if counted.is_empty() { watch.seconds.clone() } else { counted.to_vec() };
+        sorted.sort_by(f64::total_cmp);
+        let (least, median, most) = (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
+        let tflop = useful_tflop(&job.model.arch, tokens as f64);
+        let peak = watch.peak as f64 / GIB;
+        let plan_gib = planned.memory.device() as f64 / GIB;
+        let saving = |policy: wan_models::wan::SavePolicy| {
+            planned.arrangement.saving.iter().filter(|b| b.keep == policy).count()
+        };
+        use wan_models::wan::SavePolicy::{KeepAll, KeepAttention, Recompute};
+        let row = json!({
+            "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision,
+            "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
+            "vram_budget_gib": job.config.vram_budget,
+            "kept": {"all": saving(KeepAll), "attention": saving(KeepAttention), "recompute": saving(Recompute)},
+            "host_saved": planned.arrangement.saving.iter().filter(|b| b.home == wan_models::wan::Home::Host).count(),
+            "steps": sorted.len(), "s_per_step": median, "s_min": least, "s_max": most, "first_step_s": watch.seconds[0],
+            "tokens": tokens, "tokens_per_s": tokens as f64 / median, "tflops": tflop / median,
+            "peak_gib": peak, "planned_gib": plan_gib, "prepare_s": prepared,
+            "losses": watch.losses, "skipped": watch.skipped,
+            "ms_by_op": classes.iter().map(|(op, calls, ms)| json!([op, calls, ms])).collect::<Vec<_>>(),
+        });
+        if options.json {
+            println!("{row}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!(
+            "{}: {median:.3} s/step ({least:.3} to {most:.3} over {}), {:.0} tokens/s, {:.0} TFLOP/s",
+            options.case,
+            sorted.len(),
+            tokens as f64 / median,
+            tflop / median
+        );
+        println!("peak memory in tensors: {peak:.2} GiB, planned {plan_gib:.2} GiB with everything");
+        println!("losses: {:?}", watch.losses);
+        for (op, calls, ms) in classes {
+            println!("{op:32} {calls:6} calls {ms:10.1} ms");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// What a step must compute without recomputing: forward, input gradients, attention with its backward.
+    fn useful_tflop(arch: &WanArch, tokens: f64) -> f64 {
+        let text = arch.text_len as f64;
+        let rows =
+            |name: &str| if name.ends_with("cross_attn.k") || name.ends_with("cross_attn.v") { text } else { tokens };
+        let linears: f64 = arch
+            .block_sites(0)
+            .iter()
+            .map(|s| {
+                let passes = if rows(&s.name) == text { 1.0 } else { 2.0 };
+                2.0 * passes * rows(&s.name) * (s.in_features * s.out_features) as f64
+            })
+            .sum();
+        let attention = 3.5 * 4.0 * tokens * (tokens + text) * arch.dim as f64;
+        (linears + attention) * arch.num_layers as f64 / 1e12
+    }
+
+    /// Random weights of the model's shapes, made on the card: matrices N(0, 1/inputs), blocks' linears in fp8 with
+    /// 16-bit scales; blocks that will stream go to host memory.
+    fn random(
+        gpu: &Gpu,
+        arch: &WanArch,
+        compute: DType,
+        streamed: &[usize],
+    ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
+        let device = gpu.device();
+        let normal = |shape: &[usize], key: &str| -> wan_models::Result<Tensor> {
+            let (mean, std) = match shape.len() {
+                1 if key.ends_with("bias") => (0.0, 0.02),
+                1 => (1.0, 0.1),
+                _ if key.ends_with("modulation") => (0.0, 0.1),
+                _ => (0.0, 1.0 / (shape[1..].iter().product::<usize>() as f32).sqrt()),
+            };
+            Ok(Tensor::randn(mean, std, shape, &device)?.to_dtype(compute)?)
+        };
+        let shapes: BTreeMap<String, Vec<usize>> = keys::expected(arch).into_iter().map(|k| (k.key, k.shape)).collect();
+        let mut get = |key: &str| -> wan_models::Result<Weight> {
+            let shape = shapes.get(key).cloned().unwrap_or_default();
+            let dense = normal(&shape, key)?;
+            let linear = key.starts_with("blocks.") && shape.len() == 2;
+            Ok(match linear {
+                true => Weight::Fp8(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
+                false => Weight::Dense(dense),
+            })
+        };
+        let rest = WanWeights::from_getter(arch, &mut get)?;
+        let mut blocks = Vec::with_capacity(arch.num_layers);
+        for index in 0..arch.num_layers {
+            let block = BlockWeights::from_getter(arch, index, &mut get)?;
+            blocks.push(match streamed.contains(&index) {
+                true => block.map(&mut |t| Ok(t.to_device(&Device::Cpu)?))?,
+                false => block,
+            });
+        }
+        Ok((rest, blocks))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pixels;
+
+    #[test]
+    fn cases_are_named_or_measured() {
+        assert_eq!(pixels("v45").unwrap(), [960, 544, 45]);
+        assert_eq!(pixels("832x480x81").unwrap(), [832, 480, 81]);
+        for wrong in ["", "v22", "832x480", "833x480x81", "832x480x80", "0x0x1"] {
+            assert!(pixels(wrong).unwrap_err().to_string().contains("WIDTHxHEIGHTxFRAMES"), "{wrong}");
+        }
+    }
+}
