@@ -260,7 +260,7 @@ fn trajectory(
         let given = WanInputs { t: Timesteps::from_tensor(&t.get(s)?)?, ..setting.given.clone() };
         let step = Setting { given: &given, ..*setting }.step(&mut network, &noise.get(s)?, &sigma_b)?;
         losses.push(step.loss);
-        let norm = network.grads.flat().read(global_norm)?;
+        let norm = network.grads.flat().norm()?;
         norms.push(norm);
         let (master, grads) = (network.params.master(), network.grads.flat());
         optimizer.step(&layout, master, grads, lr, lr, clip_scale(norm, max_norm))?;
