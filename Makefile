@@ -1,5 +1,6 @@
 # make demo   installs what is missing, builds, trains the demo from pictures to a LoRA
 # make test   formatting, lints and the whole test suite
+# make cuda   the program for NVIDIA cards (sm_80 and later); brings its own CUDA compiler when there is none
 # Both work on a fresh Debian/Ubuntu machine that has Rust (https://rustup.rs).
 
 CARGO ?= cargo
@@ -8,7 +9,7 @@ DEMO_DIR ?= demo
 PACKAGES = build-essential pkg-config clang libclang-dev libavcodec-dev libavformat-dev libavutil-dev libavfilter-dev \
            libavdevice-dev libswscale-dev libswresample-dev
 
-.PHONY: all deps build demo test bench clean
+.PHONY: all deps build demo test cuda bench clean
 all: build
 
 # Asks the package manager only when something is missing.
@@ -37,6 +38,11 @@ test: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test --workspace --locked
+
+# FEATURES="--no-default-features --features cuda" leaves FFmpeg out, for machines that train on cached latents only.
+FEATURES ?= --features cuda
+cuda: deps
+	eval "$$(kernels/toolkit.sh)" && $(CARGO) build --release --locked $(FEATURES)
 
 bench: deps
 	$(CARGO) bench --locked

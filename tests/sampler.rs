@@ -112,12 +112,12 @@ fn one_step_of_any_solver_lands_on_the_clean_sample() {
 
 #[test]
 fn sixteen_bit_velocities_are_stepped_in_fp32() {
-    let x = Tensor::new(&[1.003_906_25_f32, 2.0], &Device::Cpu).unwrap();
+    let x = Tensor::new(&[1.0f32 + 1.0 / 256.0, 2.0], &Device::Cpu).unwrap();
     let v = Tensor::new(&[0.5f32, 1.0], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
     let mut sampler = Sampler::new(Solver::Euler, 2, 1.0).unwrap();
     let y = sampler.step(&v, 0, &x).unwrap();
     assert_eq!(y.dtype(), DType::F32);
-    assert_eq!(values(&y), [0.753_906_25, 1.5]);
+    assert_eq!(values(&y), [0.75 + 1.0 / 256.0, 1.5]);
 }
 
 #[test]

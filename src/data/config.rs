@@ -253,13 +253,13 @@ fn kind_of(s: &Section<'_>, line: usize) -> Result<Kind> {
     let given: Vec<&str> = sources.into_iter().filter(|k| s.has(k)).collect();
     match given.as_slice() {
         // The missing source may be the misspelled key.
-        [] => Err(match s.own.0.iter().find(|field| !all_keys().any(|key| key == field.key)) {
-            Some(field) => unknown_key(s.file, field.line, &field.key, &s.name, all_keys()),
-            None => s
+        [] => match s.own.0.iter().find(|field| !all_keys().any(|key| key == field.key)) {
+            Some(field) => Err(unknown_key(s.file, field.line, &field.key, &s.name, all_keys())),
+            None => Err(s
                 .error(line, format!("{} names no source", s.name))
-                .hint("add image_directory, image_jsonl_file, video_directory or video_jsonl_file"),
-        }
-        .into()),
+                .hint("add image_directory, image_jsonl_file, video_directory or video_jsonl_file")
+                .into()),
+        },
         [one] if one.starts_with("image") => Ok(Kind::Image),
         [_] => Ok(Kind::Video),
         [first, .., last] => Err(s
