@@ -12,7 +12,7 @@
 
 use crate::error::UserError;
 use crate::fsio::{self, TensorOut};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -312,10 +312,4 @@ pub fn config_hash(config: &Value) -> String {
         }
     }
     sha256_hex(sorted(config).to_string().as_bytes())
-}
-
-/// The state files a directory should hold, for messages.
-pub fn describe(dir: &Path) -> Result<String> {
-    let c = read_complete(dir).context("not a state")?;
-    Ok(format!("step {}, epoch {}, written by {}", c.step, c.epoch, c.program))
 }

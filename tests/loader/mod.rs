@@ -3,11 +3,15 @@
 mod dit;
 mod hostile;
 mod keyed;
+#[cfg(target_os = "linux")]
+mod memory;
 mod merge;
 mod source;
 pub mod torch_file;
 
 use std::path::{Path, PathBuf};
+use wan_models::arch::{ModelConfig, WanArch};
+use wan_models::keys;
 use wan_train::error::UserError;
 
 /// Writes `bytes` under `name` and returns the path.
@@ -31,4 +35,25 @@ pub fn raw_safetensors(header: &str, body: &[u8]) -> Vec<u8> {
     out.extend(header.as_bytes());
     out.extend(body);
     out
+}
+
+/// The header of a published model and no data: a sparse file of its full size.
+pub fn hollow(path: &Path, arch: &WanArch, dtype: &str, width: usize) {
+    let mut header = serde_json::Map::new();
+    let mut at = 0;
+    for e in keys::expected(arch) {
+        let n = e.shape.iter().product::<usize>() * width;
+        header.insert(e.key, serde_json::json!({"dtype": dtype, "shape": e.shape, "data_offsets": [at, at + n]}));
+        at += n;
+    }
+    let text = serde_json::Value::Object(header).to_string();
+    let bytes = raw_safetensors(&text, &[]);
+    std::fs::write(path, &bytes).unwrap();
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len((bytes.len() + at) as u64).unwrap();
+}
+
+/// The architecture of a task.
+pub fn published(task: &str) -> WanArch {
+    let text = std::fs::read_to_string(format!("{}/configs/models/{task}.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    ModelConfig::from_toml(&text).unwrap().arch
 }
