@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{anyhow, bail, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
-use wan_kernels::adamw::{clip_scale, global_norm, AdamW};
+use wan_kernels::adamw::{clip_scale, AdamW};
 use wan_kernels::flow::{FlowLoss, FlowLossArgs, FlowLossBackward, FlowLossBackwardArgs, FlowMix, FlowMixArgs};
 use wan_kernels::Exec;
 use wan_models::adapter::{Adapters, NoAdapters};
