@@ -18,11 +18,11 @@ use crate::report::Work;
 pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
     let path = job.model_file("dit", job.dit_role(), job.config.dit.as_ref())?;
     let source = Source::open(&path)?;
-    DitTable::new(&source, &job.model.arch, &job.config.task)?;
+    let table = DitTable::new(&source, &job.model.arch, &job.config.task)?;
     if let Some(note) = check_precision(&source, &job.config.mixed_precision, job.config.musubi_compat)? {
         job.progress.say(&format!("note: {note}"));
     }
-    source.notes().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
+    table.notes().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
     Ok(source)
 }
 
