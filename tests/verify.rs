@@ -256,7 +256,8 @@ fn make_the_embedded_subset() {
 
     let starts = |prefixes: &'static [&'static str]| move |key: &str| prefixes.iter().any(|p| key.starts_with(p));
     let all = |_: &str| true;
-    let keeps: [(&str, &dyn Fn(&str) -> bool); 19] = [
+    type Keep<'a> = (&'a str, &'a dyn Fn(&str) -> bool);
+    let keeps: [Keep<'_>; 19] = [
         ("01_dit_t2v_b.weights.safetensors", &all),
         ("01_dit_t2v_b.io.safetensors", &starts(&["case0."])),
         ("02_dit_flf2v_21.weights.safetensors", &all),
