@@ -9,3 +9,4 @@ mod report;
 mod sampler;
 mod tokenizer;
 mod train;
+mod verify;

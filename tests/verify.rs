@@ -62,6 +62,7 @@ fn rewritten(file: &[u8], keep: impl Fn(&str) -> bool, edit: impl Fn(&str, &mut 
 #[test]
 fn every_reference_number_is_reproduced() {
     let (summary, text) = verify_dir(&golden_dir());
+    println!("{text}");
     let failures: Vec<&str> = text.lines().filter(|line| line.contains("FAIL")).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     assert!(summary.passed > 150 && summary.failed == 0, "{summary:?}");

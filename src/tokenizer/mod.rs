@@ -27,7 +27,7 @@ const EMBEDDED: &[u8] = include_bytes!("../../configs/tokenizer/umt5_tokenizer.j
 /// The tokens of one prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
-    /// Token ids ending with `</s>`, without padding; at most [`MAX_TOKENS`].
+    /// Token ids ending with `</s>`, without padding.
     pub ids: Vec<u32>,
     /// How many tokens the prompt had, where some were cut off.
     pub truncated_from: Option<usize>,
@@ -92,12 +92,17 @@ impl UmT5Tokenizer {
 
     /// Cleans a prompt and encodes it. Truncation keeps the first 511 tokens and `</s>`.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
+        self.encode_within(prompt, MAX_TOKENS)
+    }
+
+    /// [`Self::encode`] with another limit (at least 1: `</s>` always stays).
+    pub fn encode_within(&self, prompt: &str, max_tokens: usize) -> Result<Encoded> {
         let mut ids = self.encode_raw(&clean(prompt))?;
         ids.push(EOS);
         let len = ids.len();
-        let truncated_from = (len > MAX_TOKENS).then_some(len);
+        let truncated_from = (len > max_tokens).then_some(len);
         if truncated_from.is_some() {
-            ids.truncate(MAX_TOKENS - 1);
+            ids.truncate(max_tokens.saturating_sub(1));
             ids.push(EOS);
         }
         Ok(Encoded { ids, truncated_from })

@@ -15,7 +15,7 @@ pub struct Found {
     pub tokenizer: Arc<UmT5Tokenizer>,
     /// File it came from; `None` for the embedded one.
     pub path: Option<PathBuf>,
-    /// What the user should know: texts on which it differs from the embedded tokenizer.
+    /// What the caller should tell the user: that it differs from the embedded tokenizer, and where.
     pub warning: Option<String>,
 }
 
@@ -104,9 +104,6 @@ fn compared(tokenizer: UmT5Tokenizer, path: PathBuf) -> Result<Found> {
             PROBES.len(),
         )
     });
-    if let Some(warning) = &warning {
-        tracing::warn!("{warning}");
-    }
     Ok(Found { tokenizer: Arc::new(tokenizer), path: Some(path), warning })
 }
 

@@ -38,6 +38,7 @@ impl Network {
                 .iter()
                 .map(|(key, value)| match value {
                     Value::String(text) => format!("{key}={text}"),
+                    Value::Bool(on) => format!("{key}={}", if *on { "True" } else { "False" }),
                     other => format!("{key}={other}"),
                 })
                 .collect(),

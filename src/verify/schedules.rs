@@ -12,6 +12,7 @@ pub fn run(case: &Case<'_>) -> Result<()> {
         let args = &entry["args"];
         let class = text(args, "lr_scheduler_type")?;
         let name = if class.is_empty() { text(args, "lr_scheduler")? } else { class };
+        let or = |key: &str, default: f64| args[key].as_f64().unwrap_or(default);
         let (lr, total) = (number(args, "learning_rate")?, number(args, "max_train_steps")? as u64);
         let spec = ScheduleSpec {
             class: class.to_string(),
@@ -19,10 +20,10 @@ pub fn run(case: &Case<'_>) -> Result<()> {
                 Some(all) => all.iter().filter_map(|a| a.as_str().map(String::from)).collect(),
                 None => Vec::new(),
             },
-            warmup: StepCount::from_number(number(args, "lr_warmup_steps")?)?,
-            decay: StepCount::from_number(number(args, "lr_decay_steps")?)?,
-            num_cycles: number(args, "lr_scheduler_num_cycles")?,
-            power: number(args, "lr_scheduler_power")?,
+            warmup: StepCount::from_number(or("lr_warmup_steps", 0.0))?,
+            decay: StepCount::from_number(or("lr_decay_steps", 0.0))?,
+            num_cycles: or("lr_scheduler_num_cycles", 1.0),
+            power: or("lr_scheduler_power", 1.0),
             timescale: args["lr_scheduler_timescale"].as_f64(),
             min_lr_ratio: args["lr_scheduler_min_lr_ratio"].as_f64(),
             compat: true,

@@ -3,9 +3,9 @@
 use anyhow::Result;
 use serde_json::Value;
 
-use super::json::{integers, list, text};
+use super::json::{integer, integers, list, text};
 use super::{Case, Line, Tolerance};
-use crate::tokenizer::{clean, UmT5Tokenizer};
+use crate::tokenizer::{clean, UmT5Tokenizer, EOS, PAD};
 
 /// Cleaned text, ids with `</s>`, truncation.
 pub fn cleaned(case: &Case<'_>) -> Result<()> {
@@ -18,7 +18,16 @@ pub fn cleaned(case: &Case<'_>) -> Result<()> {
         }
         Ok(())
     });
-    ids(case, prompts, |prompt| Ok(tokenizer.encode(prompt)?.ids))
+    let limit = integer(&case.json, "max_len")?;
+    case.check("special ids", Tolerance::Exact, |line| {
+        line.equal(
+            "pad and </s>",
+            &(PAD as usize, EOS as usize),
+            &(integer(&case.json, "pad_id")?, integer(&case.json, "eos_id")?),
+        );
+        Ok(())
+    });
+    ids(case, prompts, |prompt| Ok(tokenizer.encode_within(prompt, limit)?.ids))
 }
 
 /// Ids of the text as it is.
