@@ -13,7 +13,7 @@ pub mod start;
 pub mod target;
 
 pub use dropout::StepAdapters;
-pub use flat::Flat;
+pub use flat::{add_assign, Flat};
 pub use grads::Grads;
 pub use network::NetworkSpec;
 pub use params::{AdapterParams, Param};

@@ -109,6 +109,18 @@ impl Survey {
         self.entries.iter().filter(|e| e.fault.is_none() && !e.text.state.is_usable()).count()
     }
 
+    /// What to know about pictures trained as image-to-video, if there are any: the first-frame condition of a picture
+    /// is the picture, so that the model learns to copy it. `i2v_images_as_t2v` leaves the condition empty.
+    pub fn stills_note(&self) -> Option<String> {
+        let stills = self.items.iter().filter(|i| i.kind == Kind::Image).count();
+        (self.options.i2v && !self.options.i2v_images_as_t2v && stills > 0).then(|| {
+            format!(
+                "{stills} still images are trained as image-to-video with themselves as the given first frame, which \
+                 teaches to copy; --i2v_images_as_t2v gives them an empty first frame instead"
+            )
+        })
+    }
+
     fn item_entry(&self, index: usize, item: &Item) -> ItemEntry {
         let (entry, listing) = (self.dataset(item), &self.listings[item.dataset]);
         let bucket = entry.selector().choose(item.probe.size);

@@ -48,6 +48,7 @@ impl Prepared {
         let (dataset, scan) = job.dataset()?;
         let options = options(job, models)?;
         let survey = Survey::take(&dataset, &scan.items, &options)?;
+        survey.stills_note().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
         Ok(Self { scan, survey })
     }
 

@@ -29,12 +29,7 @@ pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
 /// Reads the weights tensor by tensor.
 pub fn load(job: &Job, config: &RunConfig, source: &Source) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
     let options = LoadOptions {
-        fp8: match (config.fp8_scaled, config.fp8_base) {
-            (true, _) => Fp8::Scaled,
-            (false, true) if config.musubi_compat => Fp8::Cast,
-            (false, true) => Fp8::Scaled,
-            (false, false) => Fp8::Keep,
-        },
+        fp8: fp8(config),
         merges: merges(job, config)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         ..LoadOptions::new(&job.model.arch, &config.task)
@@ -45,6 +40,16 @@ pub fn load(job: &Job, config: &RunConfig, source: &Source) -> anyhow::Result<(W
         task.advance(1, &format!("{} of {}", fsio::human(read.done), fsio::human(read.total)));
     })?;
     Ok(weights)
+}
+
+/// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted.
+fn fp8(config: &RunConfig) -> Fp8 {
+    match (config.fp8_scaled, config.fp8_base) {
+        (true, _) => Fp8::Scaled,
+        (false, true) if config.musubi_compat => Fp8::Cast,
+        (false, true) => Fp8::Scaled,
+        (false, false) => Fp8::Keep,
+    }
 }
 
 fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
@@ -68,4 +73,22 @@ fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
         merges.push(LoraMerge { file: LoraFile::open(path)?, strength });
     }
     Ok(merges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_fp8_is_scaled_except_in_compatibility_mode() {
+        let of = |fp8_base, fp8_scaled, musubi_compat| {
+            fp8(&RunConfig { fp8_base, fp8_scaled, musubi_compat, ..RunConfig::default() })
+        };
+        for compat in [false, true] {
+            assert_eq!(of(false, false, compat), Fp8::Keep);
+            assert_eq!(of(true, true, compat), Fp8::Scaled);
+        }
+        assert_eq!(of(true, false, false), Fp8::Scaled);
+        assert_eq!(of(true, false, true), Fp8::Cast);
+    }
 }

@@ -178,8 +178,8 @@ options! {
         save_precision: Option<String> = None, choices FLOAT_TYPES; "Dtype of the saved LoRA (default fp32)"
     }
     "Optimizer and learning rate" {
-        optimizer_type: String = "adamw".into(), aliases &["optimizer"]; "adamw or adamw8bit"
-        optimizer_args: Vec<String> = vec![]; "k=v pairs: weight_decay, betas, eps"
+        optimizer_type: String = "adamw".into(), aliases &["optimizer"]; "adamw, adamw8bit or adafactor"
+        optimizer_args: Vec<String> = vec![]; "k=v pairs: weight_decay, betas, eps (adafactor: eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init)"
         learning_rate: f64 = 2e-6, aliases &["lr"]; "Peak learning rate"
         max_grad_norm: f64 = 1.0; "Clip the global gradient norm to this; 0 turns clipping off"
         lr_scheduler: String = "constant".into(), aliases &["scheduler"], choices SCHEDULES; "Shape of the learning rate over the run"

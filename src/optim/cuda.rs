@@ -25,11 +25,11 @@ impl State {
     pub fn new(gpu: Gpu, kind: OptimizerKind, layout: &Layout) -> Result<Self> {
         let zeros = || Tensor::zeros(layout.len(), DType::F32, &gpu.device());
         let moments = match kind {
-            OptimizerKind::AdamW => Moments::Full { m: zeros()?, v: zeros()? },
             OptimizerKind::AdamW8bit => {
                 let parts = layout.params.iter().map(|p| Part { range: p.range.clone(), plus: p.plus }).collect();
                 Moments::Coded(Coded::new(&gpu, parts)?)
             }
+            _ => Moments::Full { m: zeros()?, v: zeros()? },
         };
         Ok(Self { gpu, moments })
     }

@@ -1,11 +1,12 @@
-//! The optimizer: AdamW with fp32 or 8-bit moments over the flat masters and gradients. A step is a pure function of
-//! (masters, gradients, moments, step number, rates), so a restored state continues bit for bit.
+//! The optimizer: AdamW with fp32 or 8-bit moments, or Adafactor, over the flat masters and gradients. A step is a pure
+//! function of (masters, gradients, moments, step number, rates), so a restored state continues bit for bit.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::str::FromStr;
 
 use anyhow::{bail, Context, Result};
+use candle_core::Device;
 use wan_kernels::adamw::{self, AdamW, Step};
 use wan_kernels::adamw8bit::{self, Moments};
 
@@ -20,6 +21,8 @@ pub enum OptimizerKind {
     AdamW,
     /// Moments in blocks of 256 8-bit codes, the scheme of bitsandbytes.
     AdamW8bit,
+    /// Second moments as row and column means.
+    Adafactor,
 }
 
 impl OptimizerKind {
@@ -27,6 +30,7 @@ impl OptimizerKind {
         match self {
             Self::AdamW => "adamw",
             Self::AdamW8bit => "adamw8bit",
+            Self::Adafactor => "adafactor",
         }
     }
 }
@@ -39,8 +43,9 @@ impl FromStr for OptimizerKind {
         match text.rsplit('.').next().unwrap_or_default().to_lowercase().as_str() {
             "adamw" => Ok(Self::AdamW),
             "adamw8bit" => Ok(Self::AdamW8bit),
+            "adafactor" => Ok(Self::Adafactor),
             _ => Err(UserError::usage(format!("--optimizer_type {text} is not supported"))
-                .hint("use adamw (32-bit moments) or adamw8bit (a quarter of the memory)")),
+                .hint("use adamw (32-bit moments), adamw8bit (a quarter of the memory) or adafactor (next to none)")),
         }
     }
 }
@@ -50,13 +55,19 @@ impl FromStr for OptimizerKind {
 pub struct OptimizerSpec {
     pub kind: OptimizerKind,
     pub adamw: AdamW,
+    pub adafactor: Adafactor,
 }
 
 impl OptimizerSpec {
     pub fn parse(kind: &str, args: &[String]) -> Result<Self, UserError> {
-        let kind = kind.parse()?;
+        let kind: OptimizerKind = kind.parse()?;
         let mut args = KwArgs::parse("optimizer_args", args)?;
         let mut adamw = AdamW::default();
+        if kind == OptimizerKind::Adafactor {
+            let adafactor = Adafactor::parse(&mut args)?;
+            args.finish()?;
+            return Ok(Self { kind, adamw, adafactor });
+        }
         if let Some(decay) = args.take_f64("weight_decay")? {
             adamw.weight_decay = decay;
         }
@@ -78,7 +89,12 @@ impl OptimizerSpec {
             return Err(args.error("eps", "must be positive"));
         }
         args.finish()?;
-        Ok(Self { kind, adamw })
+        Ok(Self { kind, adamw, adafactor: Adafactor::default() })
+    }
+
+    /// Whether the optimizer sets its own rates, so that learning rate and schedule play no part.
+    pub fn own_rates(&self) -> bool {
+        self.kind == OptimizerKind::Adafactor && self.adafactor.relative_step
     }
 }
 
@@ -89,8 +105,11 @@ pub struct Buffers {
     pub u8: BTreeMap<String, Vec<u8>>,
 }
 
+mod adafactor;
 #[cfg(feature = "cuda")]
 mod cuda;
+
+pub use adafactor::Adafactor;
 
 enum State {
     #[cfg(feature = "cuda")]
@@ -101,6 +120,8 @@ enum State {
     },
     /// One pair of moments per parameter: blocks of codes never reach over its end.
     Coded(Vec<Moments>),
+    /// Adafactor, wherever the masters lie.
+    Factored(adafactor::State),
 }
 
 /// The moments of one network.
@@ -112,25 +133,25 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    pub fn new(spec: OptimizerSpec, layout: &Layout) -> Self {
-        let zeros = || vec![0f32; layout.len()];
-        let state = match spec.kind {
-            OptimizerKind::AdamW => State::Full { m: zeros(), v: zeros() },
-            OptimizerKind::AdamW8bit => {
-                State::Coded(layout.params.iter().map(|p| Moments::new(p.range.len())).collect())
-            }
-        };
-        Self { spec, state, applied: 0 }
-    }
-
-    /// The same with the moments where masters and gradients lie.
-    pub fn on(spec: OptimizerSpec, layout: &Layout, device: &candle_core::Device) -> Result<Self> {
+    /// With the moments where masters and gradients lie.
+    pub fn on(spec: OptimizerSpec, layout: &Layout, device: &Device) -> Result<Self> {
+        if spec.kind == OptimizerKind::Adafactor {
+            let state = State::Factored(adafactor::State::new(&spec.adafactor, layout, device)?);
+            return Ok(Self { spec, state, applied: 0 });
+        }
         #[cfg(feature = "cuda")]
         if let Some(gpu) = wan_kernels::gpu::Gpu::of(device) {
             return Ok(Self { spec, state: State::Cuda(cuda::State::new(gpu, spec.kind, layout)?), applied: 0 });
         }
         anyhow::ensure!(device.is_cpu(), "the optimizer has no kernels for {device:?}");
-        Ok(Self::new(spec, layout))
+        let zeros = || vec![0f32; layout.len()];
+        let state = match spec.kind {
+            OptimizerKind::AdamW8bit => {
+                State::Coded(layout.params.iter().map(|p| Moments::new(p.range.len())).collect())
+            }
+            _ => State::Full { m: zeros(), v: zeros() },
+        };
+        Ok(Self { spec, state, applied: 0 })
     }
 
     pub fn applied(&self) -> u64 {
@@ -151,6 +172,11 @@ impl Optimizer {
         let at = Step { number: self.applied + 1, lr, grad_scale };
         let rate = |plus: bool| if plus { lr_plus } else { lr };
         let (adamw, state) = (&self.spec.adamw, &mut self.state);
+        if let State::Factored(state) = state {
+            state.step(&self.spec.adafactor, at.number, layout, (master, grads), rate, grad_scale)?;
+            self.applied += 1;
+            return Ok(());
+        }
         #[cfg(feature = "cuda")]
         if let State::Cuda(state) = state {
             state.step(adamw, &at, &merged(layout, rate), lr_plus, master.tensor(), grads.tensor())?;
@@ -163,6 +189,7 @@ impl Optimizer {
                     let ranges = merged(layout, rate);
                     adamw::step_ranges(adamw, &at, &ranges, params, grads, m, v)?;
                 }
+                State::Factored(_) => unreachable!("stepped above"),
                 #[cfg(feature = "cuda")]
                 State::Cuda(_) => unreachable!("stepped above"),
                 State::Coded(all) => {
@@ -184,6 +211,7 @@ impl Optimizer {
         match &self.state {
             #[cfg(feature = "cuda")]
             State::Cuda(state) => Ok(export(&state.export()?, layout)),
+            State::Factored(state) => state.export(layout),
             state => Ok(export(state, layout)),
         }
     }
@@ -197,6 +225,7 @@ impl Optimizer {
                 import(&mut host, layout, buffers)?;
                 state.import(&host)?;
             }
+            State::Factored(state) => state.import(layout, buffers)?,
             state => import(state, layout, buffers)?,
         }
         self.applied = applied;
@@ -209,6 +238,7 @@ fn export(state: &State, layout: &Layout) -> Buffers {
     match state {
         #[cfg(feature = "cuda")]
         State::Cuda(_) => unreachable!("exported to host memory first"),
+        State::Factored(_) => unreachable!("exports itself"),
         State::Full { m, v } => {
             out.f32.insert("m".into(), m.clone());
             out.f32.insert("v".into(), v.clone());
@@ -238,6 +268,7 @@ fn import(state: &mut State, layout: &Layout, buffers: &Buffers) -> Result<()> {
     match state {
         #[cfg(feature = "cuda")]
         State::Cuda(_) => unreachable!("imported through host memory"),
+        State::Factored(_) => unreachable!("imports itself"),
         State::Full { m, v } => {
             fill(m, buffers.f32.get("m"), "m")?;
             fill(v, buffers.f32.get("v"), "v")?;
@@ -291,7 +322,6 @@ fn merged(layout: &Layout, rate: impl Fn(bool) -> f64) -> Vec<(Range<usize>, f64
 mod tests {
     use super::*;
     use crate::adapter::{AdapterParams, Grads, NetworkSpec};
-    use candle_core::Device;
     use wan_models::arch::Site;
 
     fn setup(kind: &str, ratio: Option<f64>) -> (AdapterParams, Grads, Optimizer) {
@@ -301,8 +331,8 @@ mod tests {
         let grads = Grads::new(params.layout().clone(), &Device::Cpu).unwrap();
         let values: Vec<f32> = (0..params.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 500.0).collect();
         grads.flat().set(&(0..values.len()), &values).unwrap();
-        let optimizer =
-            Optimizer::new(OptimizerSpec::parse(kind, &["weight_decay=0.0".into()]).unwrap(), params.layout());
+        let optimizer = OptimizerSpec::parse(kind, &["weight_decay=0.0".into()]).unwrap();
+        let optimizer = Optimizer::on(optimizer, params.layout(), &Device::Cpu).unwrap();
         (params, grads, optimizer)
     }
 
@@ -325,7 +355,7 @@ mod tests {
 
     #[test]
     fn an_exported_state_continues_bit_for_bit() {
-        for kind in ["adamw", "adamw8bit"] {
+        for kind in ["adamw", "adamw8bit", "adafactor"] {
             let (a, grads, mut one) = setup(kind, None);
             let layout = a.layout().clone();
             let step = |o: &mut Optimizer, p: &AdapterParams| {
@@ -351,7 +381,7 @@ mod tests {
             let args: Vec<String> = args.iter().map(|s| s.to_string()).collect();
             OptimizerSpec::parse(kind, &args).unwrap_err().to_string()
         };
-        assert!(text("Adafactor", &[]).contains("adamw8bit"));
+        assert!(text("Prodigy", &[]).contains("adamw8bit"));
         assert!(text("", &[]).contains("adamw"));
         assert!(text("adamw", &["weigth_decay=0.1"]).contains("did you mean `weight_decay`"));
         assert!(text("adamw", &["betas=0.9"]).contains("two numbers"));

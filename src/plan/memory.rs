@@ -40,6 +40,10 @@ pub enum Moments {
     F32,
     /// Codes in blocks of 256 with two fp32 scales; tensors below 4096 elements in fp32.
     Blocks8bit,
+    /// One fp32 number a row and a column of each matrix; with a first moment one a weight besides.
+    Factored {
+        first: bool,
+    },
 }
 
 /// Everything the arithmetic depends on.
@@ -183,6 +187,11 @@ impl Job {
         const SMALL: u64 = 4096;
         match self.moments {
             Moments::F32 => 8 * self.trainable(),
+            Moments::Factored { first } => {
+                let of = |s: &Site| self.adapter.layout(s.out_features, s.in_features).params;
+                let means: u64 = self.sites.iter().flat_map(of).map(|p| (p.shape[0] + p.shape[1]) as u64).sum();
+                4 * means + if first { 4 * self.trainable() } else { 0 }
+            }
             Moments::Blocks8bit => {
                 let of = |s: &Site| self.adapter.layout(s.out_features, s.in_features).params;
                 let bytes = |elements: u64| match elements < SMALL {
@@ -378,7 +387,7 @@ impl Job {
             batch: run.batch,
             adapter: run.adapter,
             sites: run.sites.clone(),
-            moments: if c.optimizer_type.to_lowercase().ends_with("8bit") { Moments::Blocks8bit } else { Moments::F32 },
+            moments: moments(c),
         }
     }
 }
@@ -393,4 +402,15 @@ pub struct RunShape {
     pub batch: u64,
     pub adapter: AdapterSpec,
     pub sites: Vec<Site>,
+}
+
+/// By the name as it is written; what does not parse was refused before a plan is made.
+fn moments(c: &RunConfig) -> Moments {
+    let name = c.optimizer_type.rsplit('.').next().unwrap_or_default().to_lowercase();
+    let first = || c.optimizer_args.iter().any(|a| a.trim_start().starts_with("beta1=") && !a.ends_with("None"));
+    match name.as_str() {
+        "adamw8bit" => Moments::Blocks8bit,
+        "adafactor" => Moments::Factored { first: first() },
+        _ => Moments::F32,
+    }
 }

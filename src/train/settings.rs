@@ -113,6 +113,18 @@ impl TrainSettings {
             Some(epochs) => Length::Epochs(at_least_one("max_train_epochs", epochs)?),
             None => Length::Steps(at_least_one("max_train_steps", c.max_train_steps)?),
         };
+        let optimizer = OptimizerSpec::parse(&c.optimizer_type, &c.optimizer_args)?;
+        if optimizer.own_rates() {
+            if network.loraplus_lr_ratio.is_some() {
+                return Err(UserError::usage("loraplus_lr_ratio has no effect on adafactor, which sets its own rates")
+                    .hint("leave it out, or add relative_step=False to --optimizer_args"));
+            }
+            notes.push(format!(
+                "adafactor sets its own rates: --learning_rate {:e} and --lr_scheduler {} are not used \
+                 (--optimizer_args relative_step=False scale_parameter=False uses them)",
+                c.learning_rate, c.lr_scheduler
+            ));
+        }
         let schedule = ScheduleSpec {
             args: c.lr_scheduler_args.clone(),
             warmup: c.lr_warmup_steps.parse()?,
@@ -126,7 +138,9 @@ impl TrainSettings {
         };
         // Built once with a stand-in length, so that a mistake is found before anything is loaded.
         let stand_in = Schedule::new(&ScheduleSpec { total_steps: c.max_train_steps.max(2), ..schedule.clone() })?;
-        notes.extend(stand_in.note().map(str::to_owned));
+        if !optimizer.own_rates() {
+            notes.extend(stand_in.note().map(str::to_owned));
+        }
         Ok(Self {
             seed,
             length,
@@ -134,7 +148,7 @@ impl TrainSettings {
             max_grad_norm: c.max_grad_norm,
             timesteps,
             schedule,
-            optimizer: OptimizerSpec::parse(&c.optimizer_type, &c.optimizer_args)?,
+            optimizer,
             network,
             scale_weight_norms: c.scale_weight_norms,
             conditioning: model.conditioning,

@@ -20,7 +20,7 @@ use super::{Case, Tolerance};
 use crate::adapter::network::NetworkOptions;
 use crate::adapter::{select, AdapterParams, Grads, NetworkSpec};
 use crate::checkpoint::{write_lora, Form, ModuleOut};
-use crate::optim::{Optimizer, OptimizerKind, OptimizerSpec};
+use crate::optim::{Adafactor, Optimizer, OptimizerKind, OptimizerSpec};
 use crate::train::timesteps::{Draws, Sampling, TimestepSpec};
 
 /// The trainer's own parameters with recorded values.
@@ -249,9 +249,9 @@ fn trajectory(
     let [beta1, beta2] = numbers(recipe, "betas")?[..] else { bail!("traj_{variant}: betas are not a pair") };
     let (eps, weight_decay) = (number(recipe, "eps")?, number(recipe, "weight_decay")?);
     let adamw = AdamW { beta1, beta2, eps, weight_decay };
-    let spec = OptimizerSpec { kind: OptimizerKind::AdamW, adamw };
+    let spec = OptimizerSpec { kind: OptimizerKind::AdamW, adamw, adafactor: Adafactor::default() };
     let layout = network.params.layout().clone();
-    let mut optimizer = Optimizer::new(spec, &layout);
+    let mut optimizer = Optimizer::on(spec, &layout, &Device::Cpu)?;
     let (lr, max_norm) = (number(recipe, "lr")?, recipe["max_grad_norm"].as_f64().unwrap_or(0.0));
     let (noise, sigma, t) =
         (io.f32("traj.noise", device)?, io.f32("traj.sigma", device)?, io.f32("traj.timesteps", device)?);

@@ -21,6 +21,9 @@ fn image_to_video_stores_the_first_frame() {
     let mut kitchen = Kitchen::new();
     kitchen.options.i2v = true;
     kitchen.options.vae_dtype = DType::F32;
+    assert_eq!(Kitchen::new().survey().1.stills_note(), None);
+    let note = kitchen.survey().1.stills_note().unwrap();
+    assert!(note.starts_with("2 still images") && note.contains("--i2v_images_as_t2v"), "{note}");
     kitchen.cook().ok();
     let clip = load_latents(&kitchen.path(WALK)).unwrap();
     let image = clip.latents_image.unwrap();
@@ -40,6 +43,7 @@ fn image_to_video_stores_the_first_frame() {
     assert!(values(&image.narrow(0, 0, 4).unwrap()).iter().all(|v| *v == 1.0));
 
     kitchen.options.i2v_images_as_t2v = true;
+    assert_eq!(kitchen.survey().1.stills_note(), None);
     let meal = kitchen.cook().ok();
     assert!(meal.row("a_cat.png").contains("made without i2v_images_as_t2v"), "{}", meal.table());
     assert!(meal.row("frames/walk").contains("2 reused"), "videos are not concerned: {}", meal.table());

@@ -1,5 +1,6 @@
 //! The built program, doing whole jobs: the demo from pictures to a LoRA, stopping and resuming, every mistake.
 
+mod compat;
 mod demo;
 mod mistakes;
 mod resume;

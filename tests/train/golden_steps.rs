@@ -169,7 +169,7 @@ fn ten_steps_follow_the_recorded_trajectories() {
         )
         .unwrap();
         let layout = case.params.layout().clone();
-        let mut optimizer = Optimizer::new(spec, &layout);
+        let mut optimizer = Optimizer::on(spec, &layout, &Device::Cpu).unwrap();
         let mut grads = Grads::new(layout.clone(), &Device::Cpu).unwrap();
         let max_norm = facts["max_grad_norm"].as_f64().unwrap_or(0.0);
         let lr = facts["lr"].as_f64().unwrap();

@@ -71,6 +71,22 @@ fn mistakes_are_named_with_their_option() {
 }
 
 #[test]
+fn adafactor_that_sets_its_own_rates_says_so() {
+    let adafactor = |args: &[&str], network: &[&str]| {
+        from(|c| {
+            c.optimizer_type = "Adafactor".into();
+            c.optimizer_args = args.iter().map(|a| a.to_string()).collect();
+            c.network_args = network.iter().map(|a| a.to_string()).collect();
+        })
+    };
+    let s = adafactor(&[], &[]).unwrap();
+    assert!(s.notes.iter().any(|n| n.contains("sets its own rates")), "{:?}", s.notes);
+    assert!(adafactor(&[], &["loraplus_lr_ratio=4"]).unwrap_err().to_string().contains("relative_step=False"));
+    let s = adafactor(&["relative_step=False"], &["loraplus_lr_ratio=4"]).unwrap();
+    assert!(s.optimizer.kind == OptimizerKind::Adafactor && s.notes.is_empty(), "{:?}", s.notes);
+}
+
+#[test]
 fn the_compatibility_switch_sets_every_difference() {
     let s = from(|c| c.musubi_compat = true).unwrap();
     assert_eq!(s.compat, Compat::musubi());
