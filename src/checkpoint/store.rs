@@ -54,19 +54,28 @@ impl Names {
 
     /// The finished state of this run that got furthest.
     pub fn latest_state(&self) -> Option<PathBuf> {
-        let entries = std::fs::read_dir(&self.output_dir).ok()?;
-        entries
-            .flatten()
-            .filter(|e| {
-                let name = e.file_name().to_string_lossy().into_owned();
-                name.strip_prefix(&self.output_name).and_then(|n| n.strip_suffix("-state")).is_some_and(|middle| {
-                    let digits = middle.strip_prefix("-step").or_else(|| middle.strip_prefix('-')).unwrap_or(middle);
-                    digits.chars().all(|c| c.is_ascii_digit())
-                })
+        self.states().max().map(|(_, _, path)| path)
+    }
+
+    /// Removes every state of this run; returns those that were there.
+    pub fn remove_states(&self) -> Result<Vec<PathBuf>> {
+        let states: Vec<PathBuf> = self.states().map(|(_, _, path)| path).collect();
+        states.iter().try_for_each(|dir| fsio::remove_dir(dir))?;
+        Ok(states)
+    }
+
+    /// The finished states of this run: step, epoch, directory.
+    fn states(&self) -> impl Iterator<Item = (u64, u64, PathBuf)> + '_ {
+        let ours = |name: &str| {
+            name.strip_prefix(&self.output_name).and_then(|n| n.strip_suffix("-state")).is_some_and(|middle| {
+                let digits = middle.strip_prefix("-step").or_else(|| middle.strip_prefix('-')).unwrap_or(middle);
+                digits.chars().all(|c| c.is_ascii_digit())
             })
+        };
+        let entries = std::fs::read_dir(&self.output_dir).into_iter().flatten().flatten();
+        entries
+            .filter(move |e| ours(&e.file_name().to_string_lossy()))
             .filter_map(|e| state::peek(&e.path()).map(|(step, epoch)| (step, epoch, e.path())))
-            .max()
-            .map(|(_, _, path)| path)
     }
 }
 
@@ -124,9 +133,9 @@ fn remove(file: Option<PathBuf>, state_dir: Option<PathBuf>) -> Result<Vec<PathB
     Ok(gone)
 }
 
-/// The newest `.safetensors` file of `resume_checkpoints/` (by modification time, then by name); `None` where the
-/// directory is absent or holds none.
-pub fn newest_checkpoint(dir: &Path) -> Result<Option<PathBuf>> {
+/// The newest `.safetensors` file of `resume_checkpoints/` that `fits` (by modification time, then by name); `None` where
+/// the directory is absent or holds none.
+pub fn newest_checkpoint(dir: &Path, fits: impl Fn(&Path) -> bool) -> Result<Option<PathBuf>> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -137,6 +146,7 @@ pub fn newest_checkpoint(dir: &Path) -> Result<Option<PathBuf>> {
         .map(|e| e.path())
         .filter(|p| p.is_file() && p.extension().is_some_and(|x| x.eq_ignore_ascii_case("safetensors")))
         .filter(|p| !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')))
+        .filter(|p| fits(p))
         .filter_map(|p| Some((p.metadata().and_then(|m| m.modified()).ok()?, p)))
         .max();
     Ok(newest.map(|(_, path)| path))

@@ -9,7 +9,7 @@ use wan_kernels::Exec;
 use wan_models::arch::{ModelConfig, Role};
 
 use super::demo;
-use crate::config::{registry, Resolved, RunConfig, Typed};
+use crate::config::{registry, Resolved, RunConfig};
 use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
 use crate::error::UserError;
 use crate::hub;
@@ -23,18 +23,35 @@ pub struct Job {
     pub progress: Arc<dyn Progress>,
     /// Raised by Ctrl-C: every stage looks at it at its next safe point.
     pub stop: Arc<AtomicBool>,
+    /// One of the two runs of `--noise_level both`.
+    pub of_pair: bool,
 }
 
 impl Job {
-    /// Resolves what was typed. The demo's models and dataset are made on the fly, here.
-    pub fn new(typed: &Typed) -> anyhow::Result<Self> {
-        let resolved = super::resolve(typed)?;
+    /// Resolves what was typed.
+    #[cfg(feature = "cuda")]
+    pub fn new(typed: &crate::config::Typed) -> anyhow::Result<Self> {
+        Self::of(super::resolve(typed)?, report::for_stderr(), Arc::default(), false)
+    }
+
+    /// The jobs of several runs: they share the progress display and the wish to stop.
+    pub fn several(runs: Vec<Resolved>) -> anyhow::Result<Vec<Self>> {
+        let (progress, stop, pair) = (report::for_stderr(), Arc::<AtomicBool>::default(), runs.len() > 1);
+        runs.into_iter().map(|run| Self::of(run, progress.clone(), stop.clone(), pair)).collect()
+    }
+
+    /// The demo's models and dataset are made on the fly, here.
+    fn of(
+        resolved: Resolved,
+        progress: Arc<dyn Progress>,
+        stop: Arc<AtomicBool>,
+        of_pair: bool,
+    ) -> anyhow::Result<Self> {
         let config = resolved.config.clone();
         let text = registry::text(&format!("models/{}.toml", config.task))
             .ok_or_else(|| UserError::usage(format!("task {} has no architecture file", config.task)))?;
         let model = ModelConfig::from_toml(text)?;
-        let progress = report::for_stderr();
-        let job = Self { config, resolved, model, progress, stop: Arc::default() };
+        let job = Self { config, resolved, model, progress, stop, of_pair };
         if job.config.task == demo::TASK {
             demo::prepare(&job)?;
         }

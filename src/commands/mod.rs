@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod demo;
 mod job;
+mod pair;
 mod plan;
 mod run;
 mod save;
@@ -18,15 +19,15 @@ use std::process::ExitCode;
 
 use crate::cli::Invocation;
 use crate::config::{self, Resolved, Typed};
-use job::Job;
+use pair::Runs;
 
 /// Runs a verb to its end.
 pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
     match invocation {
-        Invocation::Run(typed) => run::run(&Job::new(&typed)?),
-        Invocation::Cache { typed, what } => cache::run(&Job::new(&typed)?, what),
-        Invocation::Train(typed) => train::run(&Job::new(&typed)?),
-        Invocation::Plan(typed) => plan::run(&Job::new(&typed)?),
+        Invocation::Run(typed) => run::run(&Runs::of(&typed)?),
+        Invocation::Cache { typed, what } => cache::run(Runs::of(&typed)?.first(), what),
+        Invocation::Train(typed) => train::run(&Runs::of(&typed)?),
+        Invocation::Plan(typed) => Runs::of(&typed)?.each(plan::run),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
         Invocation::Bench { typed, options } => bench::run(typed, &options),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
@@ -35,5 +36,9 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
 
 /// Resolves what was typed with the local time as the run's stamp.
 fn resolve(typed: &Typed) -> anyhow::Result<Resolved> {
-    config::resolve(typed, &chrono::Local::now().format("%Y%m%d_%H%M").to_string())
+    config::resolve(typed, &stamp())
+}
+
+fn stamp() -> String {
+    chrono::Local::now().format("%Y%m%d_%H%M").to_string()
 }

@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use super::cache::Prepared;
-use super::job::Job;
-use super::{train, weights};
+use super::pair::Runs;
 use crate::cli::CacheWhat;
 
-pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
+pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
+    let job = runs.first();
     job.catch_interrupts();
-    // The DiT is needed last and checked first: hours of caching for a file that is missing would be lost.
-    weights::open_dit(job)?;
+    // What training needs is needed last and checked first: hours of caching for a missing file would be lost.
+    runs.check()?;
     let mut prepared = Prepared::new(job, true)?;
     prepared.make(job, CacheWhat::Both)?;
     prepared.table(job);
@@ -19,5 +19,5 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
         job.progress.say("stopped while caching; run the same command again to go on");
         return Ok(ExitCode::from(130));
     }
-    train::train(job, &mut prepared)
+    runs.train(&mut prepared)
 }

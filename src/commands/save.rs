@@ -131,14 +131,14 @@ fn describe(entry: &Entry) -> Value {
     value
 }
 
-/// What to type to go on from a state: the same command with `--resume`.
-pub fn resume_command(state: &Path) -> String {
+/// What to type to go on: the same command, with `--resume` where a state is named.
+pub fn resume_command(state: Option<&Path>) -> String {
     let mut words: Vec<String> = std::env::args().collect();
     if let Some(at) = words.iter().position(|w| w == "--resume") {
         words.drain(at..(at + 2).min(words.len()));
     }
     words.retain(|w| !w.starts_with("--resume="));
-    words.extend(["--resume".into(), state.display().to_string()]);
+    words.extend(state.into_iter().flat_map(|state| ["--resume".into(), state.display().to_string()]));
     let quoted = |w: String| match w.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c)) {
         true => w,
         false => format!("'{}'", w.replace('\'', "'\\''")),

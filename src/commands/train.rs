@@ -1,12 +1,14 @@
 //! `wan-train train`: the index of what is cached, the plan, the weights, the loop, the checkpoints.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use wan_models::wan::{Numerics, WanModel};
 
 use super::cache::Prepared;
 use super::job::Job;
+use super::pair::Runs;
 use super::plan;
 use super::save::{self, Checkpoints};
 use super::watch::Watch;
@@ -20,25 +22,49 @@ use crate::fsio;
 use crate::residency::{Residency, ResidencySpec};
 use crate::train::{state, Outcome, Parts, TrainSettings, Trainer};
 
-pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
+pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
+    let job = runs.first();
     job.catch_interrupts();
+    runs.check()?;
     let mut prepared = Prepared::new(job, false)?;
     prepared.table(job);
     prepared.scan.check()?;
-    train(job, &mut prepared)
+    runs.train(&mut prepared)
 }
 
-/// Trains on a surveyed dataset whose caches are complete.
-pub fn train(job: &Job, prepared: &mut Prepared) -> anyhow::Result<ExitCode> {
+/// How a run ended.
+pub enum Ended {
+    /// With this LoRA.
+    Finished(Option<PathBuf>),
+    Stopped,
+}
+
+impl Ended {
+    pub fn code(&self) -> ExitCode {
+        match self {
+            Ended::Finished(_) => ExitCode::SUCCESS,
+            Ended::Stopped => ExitCode::from(130),
+        }
+    }
+}
+
+/// Trains on a surveyed dataset whose caches are complete; goes on from `state` if there is one.
+pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyhow::Result<Ended> {
     let say = |line: &str| job.progress.say(line);
-    let (config, resumed) = continued(job)?;
+    let (mut config, resumed) = continued(job, state)?;
+    if job.of_pair {
+        // What a kill costs is bounded by a state at every checkpoint, of which the last one is kept.
+        config.save_last_n_epochs_state.get_or_insert(1);
+        config.save_last_n_steps_state.get_or_insert(0);
+    }
     let seed = match (config.seed, &resumed) {
         (Some(seed), _) => seed,
         (None, Some((_, state))) => state::saved_seed(state).unwrap_or_default(),
         (None, None) => rand::random::<u32>().into(),
     };
     let config = RunConfig { seed: Some(seed), ..config };
-    let settings = TrainSettings::from_config(&config, &job.model, seed)?;
+    let mut settings = TrainSettings::from_config(&config, &job.model, seed)?;
+    settings.save.state |= job.of_pair;
     settings.notes.iter().for_each(|note| say(&format!("note: {note}")));
     let spec = ResidencySpec {
         blocks_to_swap: config.blocks_to_swap as usize,
@@ -62,7 +88,7 @@ pub fn train(job: &Job, prepared: &mut Prepared) -> anyhow::Result<ExitCode> {
     let (rest, blocks) = weights::load(job, &config, &source)?;
     if job.stopped() {
         say("stopped before the first step: nothing was trained, nothing was written");
-        return Ok(ExitCode::from(130));
+        return Ok(Ended::Stopped);
     }
 
     let exec = job.exec()?;
@@ -96,20 +122,16 @@ pub fn train(job: &Job, prepared: &mut Prepared) -> anyhow::Result<ExitCode> {
     let mut watch = Watch::new(job, &config, resumed_after)?;
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();
-    conclude(job, &config, &watch, outcome?)
+    Ok(conclude(job, &watch, outcome?))
 }
 
 /// The configuration to go by, and the state to go on from. A resumed run keeps its names, so that it writes where it
 /// wrote before.
-fn continued(job: &Job) -> anyhow::Result<(RunConfig, Option<(std::path::PathBuf, TrainState)>)> {
+fn continued(job: &Job, state: Option<PathBuf>) -> anyhow::Result<(RunConfig, Option<(PathBuf, TrainState)>)> {
     let mut config = job.config.clone();
-    let Some(dir) = config.resume.clone() else {
+    let Some(dir) = state.or_else(|| config.resume.clone()) else {
         if config.template.is_some() && config.network_weights.is_none() {
-            let newest = newest_checkpoint(&config.base_dir.join("resume_checkpoints"))?;
-            if let Some(path) = &newest {
-                job.progress.say(&format!("note: taking {} from resume_checkpoints", path.display()));
-            }
-            config.network_weights = newest;
+            config.network_weights = from_resume_checkpoints(job)?;
         }
         return Ok((config, None));
     };
@@ -127,6 +149,27 @@ fn continued(job: &Job) -> anyhow::Result<(RunConfig, Option<(std::path::PathBuf
         }
     }
     Ok((config, Some((dir, state))))
+}
+
+/// The newest LoRA of `resume_checkpoints/` that may belong to this run: never the other expert's, and for one of a pair
+/// only a file that says whose it is.
+fn from_resume_checkpoints(job: &Job) -> anyhow::Result<Option<PathBuf>> {
+    let dir = job.config.base_dir.join("resume_checkpoints");
+    let own = job.config.noise_level.as_ref().map(|level| format!("{level}_noise"));
+    let fits = |path: &Path| {
+        // A file that cannot be read is not passed over here: opening it says what is wrong with it.
+        let expert = LoraFile::open(path).ok().and_then(|file| file.metadata().get("ss_expert").cloned());
+        match (&own, &expert) {
+            (Some(own), Some(expert)) => own == expert,
+            (Some(_), None) => !job.of_pair,
+            (None, _) => true,
+        }
+    };
+    let newest = newest_checkpoint(&dir, fits)?;
+    if let Some(path) = &newest {
+        job.progress.say(&format!("note: taking {} from resume_checkpoints", path.display()));
+    }
+    Ok(newest)
 }
 
 fn stored(file: &LoraFile) -> anyhow::Result<BTreeMap<String, start::Stored>> {
@@ -161,24 +204,26 @@ fn announce(job: &Job, config: &RunConfig, trainer: &Trainer) {
     job.progress.say(&format!("learning rate: {}", lr.join(", ")));
 }
 
-fn conclude(job: &Job, config: &RunConfig, watch: &Watch, outcome: Outcome) -> anyhow::Result<ExitCode> {
+fn conclude(job: &Job, watch: &Watch, outcome: Outcome) -> Ended {
     let say = |line: String| job.progress.say(&line);
-    let code = match outcome {
+    let ended = match outcome {
         Outcome::Finished { step, lora } => {
             say(format!("finished after {step} steps"));
-            if let Some(lora) = lora {
-                let size = std::fs::metadata(&lora).map(|m| m.len()).unwrap_or_default();
+            if let Some(lora) = &lora {
+                let size = std::fs::metadata(lora).map(|m| m.len()).unwrap_or_default();
                 say(format!("LoRA:       {} ({})", lora.display(), fsio::human(size)));
                 say("            copy it to ComfyUI/models/loras/".into());
             }
-            ExitCode::SUCCESS
+            Ended::Finished(lora)
         }
         Outcome::Stopped { step, state } => {
             say(format!("stopped after step {step}"));
             if let Some(state) = state {
-                say(format!("to go on:   {}", save::resume_command(&state)));
+                // A pair finds its state by itself.
+                let state = (!job.of_pair).then_some(&*state);
+                say(format!("to go on:   {}", save::resume_command(state)));
             }
-            ExitCode::from(130)
+            Ended::Stopped
         }
     };
     if let Some((events, lines, curve)) = watch.places() {
@@ -186,6 +231,5 @@ fn conclude(job: &Job, config: &RunConfig, watch: &Watch, outcome: Outcome) -> a
         say(format!("step log:   {}", lines.display()));
         say(format!("loss curve: {}", curve.display()));
     }
-    let _ = config;
-    Ok(code)
+    ended
 }

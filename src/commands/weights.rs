@@ -52,25 +52,30 @@ fn fp8(config: &RunConfig) -> Fp8 {
     }
 }
 
-fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
+/// Finds out whether every LoRA that is to be merged is there, before anything long is begun.
+pub fn check_merges(job: &Job, config: &RunConfig) -> anyhow::Result<()> {
     let from_template = matches!(job.resolved.origin.get("base_weights"), Some(Layer::Template(_)));
+    let Some(file) = config.base_weights.iter().find(|file| !Path::new(file).is_file()) else {
+        return Ok(());
+    };
+    let error = UserError::new(format!("the LoRA {file} (--base_weights) does not exist"));
+    Err(match (from_template, job.model_lightning()) {
+        (true, Some(role)) => error.hint(format!(
+            "{}, or train on the plain weights with --skip_lightning",
+            hub::where_to_get(&job.model, role)
+        )),
+        _ => error.hint("check the path"),
+    }
+    .into())
+}
+
+fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
+    check_merges(job, config)?;
     let mut merges = Vec::new();
     for (i, file) in config.base_weights.iter().enumerate() {
-        let path = Path::new(file);
-        if !path.is_file() {
-            let error = UserError::new(format!("the LoRA {file} (--base_weights) does not exist"));
-            return Err(match (from_template, job.model_lightning()) {
-                (true, Some(role)) => error.hint(format!(
-                    "{}, or train on the plain weights with --skip_lightning",
-                    hub::where_to_get(&job.model, role)
-                )),
-                _ => error.hint("check the path"),
-            }
-            .into());
-        }
         let strength = config.base_weights_multiplier.get(i).map_or(Ok(1.0), |w| w.parse())?;
         job.progress.say(&format!("merging {file} at strength {strength} while loading"));
-        merges.push(LoraMerge { file: LoraFile::open(path)?, strength });
+        merges.push(LoraMerge { file: LoraFile::open(Path::new(file))?, strength });
     }
     Ok(merges)
 }

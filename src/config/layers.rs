@@ -49,33 +49,85 @@ pub struct Typed {
 pub struct Resolved {
     pub config: RunConfig,
     pub origin: BTreeMap<&'static str, Layer>,
+    /// `output_name` before noise level and time stamp were added to it.
+    pub base_name: String,
 }
 
+/// `--noise_level both`: two runs, one for each expert.
+const BOTH: &str = "both";
+
 /// Lays the layers over each other and works out the derived values. `stamp` is the `YYYYmmdd_HHMM` of the run.
+/// For verbs that deal with one run: `--noise_level both` is refused.
 pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
-    let mut stack = Stack::default();
-    let file = match &typed.config_file {
-        Some(path) => Some((path.clone(), file_layer(path)?)),
-        None => None,
-    };
-    let mut flags = Map::new();
-    for (name, words) in &typed.flags {
-        let opt = find(name).expect("flags are made from the table");
-        flags.insert(opt.name.into(), from_words(opt, words)?);
+    let asked = Asked::read(typed)?;
+    let level = asked.text("noise_level");
+    if level.as_deref() == Some(BOTH) {
+        return Err(UserError::usage("this verb looks at one expert at a time, not at --noise_level both")
+            .hint("give --noise_level high or --noise_level low")
+            .into());
     }
-    let asked = |key: &str| {
-        let value = flags.get(key).or_else(|| file.as_ref().and_then(|(_, f)| f.get(key)));
+    asked.run(level.as_deref(), false, stamp)
+}
+
+/// The runs that were asked for: one, or with `--noise_level both` that of the high and that of the low expert.
+pub fn resolve_runs(typed: &Typed, stamp: &str) -> anyhow::Result<Vec<Resolved>> {
+    let asked = Asked::read(typed)?;
+    let level = asked.text("noise_level");
+    if level.as_deref() != Some(BOTH) {
+        return Ok(vec![asked.run(level.as_deref(), false, stamp)?]);
+    }
+    for (key, hint) in [
+        ("resume", "the same command without --resume goes on where it was interrupted; a state of one expert goes with --noise_level high or low"),
+        ("network_weights", "the weights of one LoRA cannot start two: train the experts one after the other, each with its own --resume_from"),
+    ] {
+        if asked.text(key).is_some() {
+            let name = if key == "resume" { "--resume" } else { "--resume_from" };
+            return Err(UserError::usage(format!("{name} and --noise_level both exclude each other")).hint(hint).into());
+        }
+    }
+    ["high", "low"].into_iter().map(|level| asked.run(Some(level), true, stamp)).collect()
+}
+
+/// File and flags as they were given, checked but not laid over anything yet.
+struct Asked {
+    file: Option<(PathBuf, Map<String, Value>)>,
+    flags: Map<String, Value>,
+}
+
+impl Asked {
+    fn read(typed: &Typed) -> anyhow::Result<Self> {
+        let file = match &typed.config_file {
+            Some(path) => Some((path.clone(), file_layer(path)?)),
+            None => None,
+        };
+        let mut flags = Map::new();
+        for (name, words) in &typed.flags {
+            let opt = find(name).expect("flags are made from the table");
+            flags.insert(opt.name.into(), from_words(opt, words)?);
+        }
+        Ok(Self { file, flags })
+    }
+
+    fn text(&self, key: &str) -> Option<String> {
+        let value = self.flags.get(key).or_else(|| self.file.as_ref().and_then(|(_, f)| f.get(key)));
         value.and_then(Value::as_str).map(str::to_owned)
-    };
-    if let Some(name) = asked("template") {
-        let (short, layer) = template_layer(&name, asked("noise_level").as_deref())?;
-        stack.lay(layer, &Layer::Template(short));
     }
-    if let Some((path, layer)) = file {
-        stack.lay(layer, &Layer::File(path));
+
+    /// One run: of the expert `level` where there are two; `pair` where the other one is trained too.
+    fn run(&self, level: Option<&str>, pair: bool, stamp: &str) -> anyhow::Result<Resolved> {
+        let mut stack = Stack::default();
+        if let Some(name) = self.text("template") {
+            let (short, layer) = template_layer(&name, level)?;
+            stack.lay(layer, &Layer::Template(short));
+        }
+        let template_dit = stack.values.get("dit").cloned().map(|dit| (dit, stack.origin["dit"].clone()));
+        if let Some((path, layer)) = &self.file {
+            stack.lay(layer.clone(), &Layer::File(path.clone()));
+        }
+        stack.lay(self.flags.clone(), &Layer::Flag);
+        stack.expert(level, pair, template_dit)?;
+        stack.finish(stamp, pair)
     }
-    stack.lay(flags, &Layer::Flag);
-    stack.finish(stamp)
 }
 
 #[derive(Default)]
@@ -93,18 +145,79 @@ impl Stack {
         }
     }
 
-    fn finish(self, stamp: &str) -> anyhow::Result<Resolved> {
+    /// Which DiT is trained where two can be named: `--dit_high_noise` is the high expert's, `--dit` the other one's (of
+    /// a pair: only the low expert's).
+    fn expert(
+        &mut self,
+        level: Option<&str>,
+        pair: bool,
+        template_dit: Option<(Value, Layer)>,
+    ) -> Result<(), UserError> {
+        let high_dit = self.values.remove("dit_high_noise").zip(self.origin.remove("dit_high_noise"));
+        let Some(level) = level else {
+            return match high_dit {
+                None => Ok(()),
+                Some(_) => Err(UserError::usage("one LoRA over both experts (--dit_high_noise alone) is not offered")
+                    .hint("add --noise_level both: it trains one LoRA for each expert, as ComfyUI loads them")),
+            };
+        };
+        self.values.insert("noise_level".into(), level.into());
+        if level == "high" {
+            let own = if pair { high_dit.or(template_dit) } else { high_dit };
+            match own {
+                Some((dit, origin)) => {
+                    self.values.insert("dit".into(), dit);
+                    self.origin.insert("dit", origin);
+                }
+                None if pair => {
+                    return Err(UserError::usage("--noise_level both needs the DiT of either expert").hint(
+                        "give the high one with --dit_high_noise, the low one with --dit, or use a Wan 2.2 template",
+                    ))
+                }
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, stamp: &str, pair: bool) -> anyhow::Result<Resolved> {
         let mut all = match serde_json::to_value(RunConfig::default())? {
             Value::Object(map) => map,
             _ => unreachable!("a struct serialises to an object"),
         };
         all.extend(self.values);
         let config: RunConfig = serde_json::from_value(Value::Object(all)).context("resolving the options")?;
-        let mut resolved = Resolved { config, origin: self.origin };
+        let base_name = config.output_name.clone().unwrap_or_else(|| "wan-lora".into());
+        let mut resolved = Resolved { config, origin: self.origin, base_name };
+        if pair {
+            derive_pair(&mut resolved)?;
+        }
         derive(&mut resolved, stamp);
         validate(&resolved.config)?;
         Ok(resolved)
     }
+}
+
+/// What templates say of an expert of a pair, worked out where there is none: its own name, and its own timesteps.
+fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
+    let c = &mut r.config;
+    if c.template.is_some() {
+        return Ok(());
+    }
+    let Some(boundary) = c.timestep_boundary.or_else(|| registry::expert_boundary(&c.task)) else {
+        return Err(UserError::usage(format!("task {} has a single model: --noise_level both is for Wan 2.2", c.task))
+            .hint("leave --noise_level out"));
+    };
+    let boundary = (if boundary > 1.0 { boundary } else { boundary * 1000.0 }).round() as u64;
+    let high = c.noise_level.as_deref() == Some("high");
+    let (low_end, high_end) = if high { (boundary, 1000) } else { (0, boundary) };
+    if c.min_timestep.is_none() && c.max_timestep.is_none() {
+        (c.min_timestep, c.max_timestep) = (Some(low_end), Some(high_end));
+        r.origin.extend([("min_timestep", Layer::Derived), ("max_timestep", Layer::Derived)]);
+    }
+    let level = c.noise_level.clone().unwrap_or_default();
+    c.output_name = c.output_name.as_ref().map(|name| format!("{name}-{level}"));
+    Ok(())
 }
 
 /// Values that follow from others. Order matters: the run directory is named before the name gets its time stamp.
@@ -160,7 +273,7 @@ fn template_layer(name: &str, noise_level: Option<&str>) -> anyhow::Result<(Stri
         (true, None) => Err(UserError::usage(format!(
             "template {short} trains one of the two Wan 2.2 experts and needs to know which"
         ))
-        .hint("add --noise_level high or --noise_level low")
+        .hint("add --noise_level high, --noise_level low, or --noise_level both for one after the other")
         .into()),
         (false, Some(_)) => Err(UserError::usage(format!(
             "template {short} has a single model: --noise_level is for Wan 2.2 templates"

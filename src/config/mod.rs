@@ -4,5 +4,5 @@ mod layers;
 mod options;
 pub mod registry;
 
-pub use layers::{line_column, resolve, unknown, Layer, Resolved, Typed};
+pub use layers::{line_column, resolve, resolve_runs, unknown, Layer, Resolved, Typed};
 pub use options::{find, Kind, Opt, RunConfig, OPTIONS, SCHEDULES, TASKS, TIMESTEP_MODES};

@@ -138,7 +138,7 @@ const FLOAT_TYPES: &[&str] = &["fp32", "float32", "float", "fp16", "float16", "b
 options! {
     "Template" {
         template: Option<String> = None; "Recipe to start from: a name that `show` lists, or a TOML file of your own"
-        noise_level: Option<String> = None, choices &["high", "low"]; "Expert of Wan 2.2 to train: high or low noise"
+        noise_level: Option<String> = None, choices &["high", "low", "both"]; "Expert of Wan 2.2 to train: high or low noise, or both, one after the other"
         base_dir: PathBuf = "./local_training".into(); "Directory that holds models, datasets, outputs"
         run_dir: Option<PathBuf> = None; "Directory of this run (default: <base_dir>/outputs/<output_name>)"
         musubi_compat: bool = false; "Reproduce the numbers of musubi-tuner where this program departs from them (docs/migration.md)"
@@ -147,6 +147,7 @@ options! {
     "Model files" {
         task: String = "t2v-14B".into(), choices TASKS; "Model family and task"
         dit: Option<PathBuf> = None; "DiT weights (safetensors, any shard of a set, or .pth)"
+        dit_high_noise: Option<PathBuf> = None; "DiT weights of the high-noise expert; with --noise_level both, --dit is the low one's"
         vae: Option<PathBuf> = None; "VAE weights"
         t5: Option<PathBuf> = None; "umT5 encoder weights"
         clip: Option<PathBuf> = None; "CLIP vision weights (Wan 2.1 image-to-video only)"

@@ -41,6 +41,12 @@ pub fn model_names() -> Vec<String> {
     names("models")
 }
 
+/// Where the high-noise expert takes over (0..1), for tasks with two experts.
+pub fn expert_boundary(task: &str) -> Option<f64> {
+    let table: toml::Table = text(&format!("models/{task}.toml"))?.parse().ok()?;
+    table.get("experts")?.get("boundary")?.as_float()
+}
+
 fn names(dir: &str) -> Vec<String> {
     files_under(dir)
         .into_iter()

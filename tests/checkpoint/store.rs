@@ -87,8 +87,8 @@ fn the_latest_state_is_the_one_that_got_furthest_and_is_whole() {
 #[test]
 fn the_newest_checkpoint_to_start_from() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(newest_checkpoint(&dir.path().join("none")).unwrap(), None);
-    assert_eq!(newest_checkpoint(dir.path()).unwrap(), None);
+    assert_eq!(newest_checkpoint(&dir.path().join("none"), |_| true).unwrap(), None);
+    assert_eq!(newest_checkpoint(dir.path(), |_| true).unwrap(), None);
     let put = |name: &str, age: u64| {
         let path = dir.path().join(name);
         std::fs::write(&path, name).unwrap();
@@ -101,7 +101,7 @@ fn the_newest_checkpoint_to_start_from() {
     put("c.safetensors", 50);
     put("notes.txt", 0);
     put(".hidden.safetensors", 0);
-    assert_eq!(newest_checkpoint(dir.path()).unwrap(), Some(newest));
+    assert_eq!(newest_checkpoint(dir.path(), |_| true).unwrap(), Some(newest));
     let err = user_error(require_file("--resume_from", &dir.path().join("typo.safetensors")));
     assert!(err.contains("--resume_from") && err.contains("typo.safetensors does not exist"), "{err}");
     require_file("--resume_from", &dir.path().join("a.safetensors")).unwrap();

@@ -8,7 +8,7 @@ use std::process::Output;
 use super::{find, text, Bench};
 
 /// Asserts failure with `code`, an `error:` that contains every word, and a hint.
-fn refused(out: &Output, code: i32, words: &[&str]) {
+pub fn refused(out: &Output, code: i32, words: &[&str]) {
     let said = text(out);
     assert_eq!(out.status.code(), Some(code), "{said}");
     let error = said.split("error:").nth(1).unwrap_or_else(|| panic!("no error line:\n{said}"));

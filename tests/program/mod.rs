@@ -3,6 +3,7 @@
 mod compat;
 mod demo;
 mod mistakes;
+mod pair;
 mod resume;
 
 use std::path::{Path, PathBuf};
