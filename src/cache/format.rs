@@ -188,6 +188,8 @@ pub struct LatentInfo {
     pub control: bool,
     /// Images whose CLIP features are there.
     pub clip_images: usize,
+    /// Whether it says where its frames stand in time (one-frame training).
+    pub positions: bool,
     keys: LatentKeys,
 }
 
@@ -197,6 +199,7 @@ struct LatentKeys {
     image: Option<String>,
     control: Option<String>,
     clip: Option<String>,
+    positions: Option<String>,
 }
 
 impl LatentInfo {
@@ -208,6 +211,7 @@ impl LatentInfo {
         let image = only("latents_image", names().filter(|n| parse_latent_key(n, "latents_image").is_some()))?;
         let control = only("latents_control", names().filter(|n| parse_latent_key(n, "latents_control").is_some()))?;
         let clip = only("clip", names().filter(|n| base_key(n) == "clip"))?;
+        let positions = only("f_indices", names().filter(|n| base_key(n) == "f_indices"))?;
         let f_h_w = parse_latent_key(&latents, "latents").unwrap_or_default();
         let (dtype, shape) = &header.tensors[&latents];
         let [c, f, h, w] = shape[..] else {
@@ -220,6 +224,12 @@ impl LatentInfo {
             let same_as_latents = shape[..] == [channels, f, h, w] && [f, h, w] == f_h_w[..];
             if !same_as_latents || shape.contains(&0) {
                 return Err(torn(format!("{name} has shape {shape:?} beside latents of {:?}", [c, f, h, w])));
+            }
+        }
+        if let Some(name) = &positions {
+            let (dtype, shape) = &header.tensors[name];
+            if !matches!(dtype, Dtype::I32 | Dtype::I64) || shape[..] != [f] {
+                return Err(torn(format!("{name} is {dtype:?} of shape {shape:?}, wanted one whole number a frame")));
             }
         }
         let mut clip_images = 0;
@@ -238,7 +248,8 @@ impl LatentInfo {
             image: image.is_some(),
             control: control.is_some(),
             clip_images,
-            keys: LatentKeys { latents, image, control, clip },
+            positions: positions.is_some(),
+            keys: LatentKeys { latents, image, control, clip, positions },
         })
     }
 }
@@ -281,6 +292,8 @@ pub struct LatentTensors {
     pub latents_control: Option<Tensor>,
     /// [tokens,width] of the first frame, or [2,tokens,width] of the first and the last
     pub clip: Option<Tensor>,
+    /// [F], int32: where the frames stand in time, of one-frame caches
+    pub positions: Option<Tensor>,
 }
 
 impl LatentTensors {
@@ -298,6 +311,9 @@ impl LatentTensors {
         }
         if let Some(clip) = &self.clip {
             named.insert(format!("clip_{}", dtype_name(dtype)?), clip.to_dtype(DType::F16)?);
+        }
+        if let Some(positions) = &self.positions {
+            named.insert("f_indices_int32".to_string(), positions.to_dtype(DType::I32)?);
         }
         Ok(named)
     }
@@ -318,6 +334,7 @@ impl LatentTensors {
             latents_image: take(&info.keys.image)?,
             latents_control: take(&info.keys.control)?,
             clip: take(&info.keys.clip)?,
+            positions: take(&info.keys.positions)?,
         })
     }
 }

@@ -3,12 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::format::{self, FormatError, Header, LatentTensors};
 use super::names::LATENT_SUFFIX;
 use super::survey::Survey;
-use crate::data::Kind;
 use crate::error::UserError;
 
 /// Items that can share a batch: pixel width and height of the bucket, and pixel frames (1 for a picture).
@@ -61,6 +60,8 @@ pub struct ItemTensors {
     pub control: Option<Tensor>,
     /// [tokens,width], Wan 2.1 image-to-video only; [2,tokens,width] where the condition shows the last frame too
     pub clip: Option<Tensor>,
+    /// Where the latent frames stand in time; one-frame caches only, others count from 0.
+    pub positions: Option<Vec<usize>>,
     /// [tokens,width]: rows of the caption, without padding
     pub context: Tensor,
 }
@@ -78,7 +79,7 @@ impl CacheIndex {
             let dataset = survey.dataset(item);
             for clip in &entry.clips {
                 let name = clip.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-                let frames = if item.kind == Kind::Image { 1 } else { clip.span.frames };
+                let frames = survey.pixel_frames(item, clip.span);
                 items.push(CachedItem {
                     name: name.strip_suffix(LATENT_SUFFIX).unwrap_or(&name).to_string(),
                     latent_path: clip.path.clone(),
@@ -129,7 +130,15 @@ impl CacheIndex {
         let item = &self.items[i];
         let latent = load_latents(&item.latent_path)?;
         let context = load_context(&item.text_path)?;
+        let positions = match &latent.positions {
+            None => None,
+            Some(t) => {
+                let of = |p: i64| usize::try_from(p).ok().with_context(|| format!("{}: position {p}", item.name));
+                Some(t.to_dtype(DType::I64)?.to_vec1::<i64>()?.into_iter().map(of).collect::<anyhow::Result<_>>()?)
+            }
+        };
         Ok(ItemTensors {
+            positions,
             latents: latent.latents,
             latents_image: latent.latents_image,
             control: latent.latents_control,

@@ -16,6 +16,8 @@ use wan_models::vae::{Encoder, Vae};
 
 use super::fingerprint::SourceId;
 use super::format::{self, LatentTensors};
+use super::one_frame::{self, Positions};
+use super::options::CacheOptions;
 use super::recipe::{ClipList, Freshness, LatentRecipe, Stamp};
 use super::survey::{cut_rule, latent_path, LatentEntry, Outcome, Survey};
 use crate::data::{self, Clip, Entry, Item, Kind, Planned};
@@ -332,6 +334,9 @@ impl Kitchen {
         let store = |t: &Tensor| -> Result<Tensor> {
             Ok(t.squeeze(0)?.to_device(&Device::Cpu)?.to_dtype(options.vae_dtype)?.contiguous()?)
         };
+        if let Some(positions) = survey.positions(item) {
+            return self.encode_one_frame(options, &positions, clip);
+        }
         let latents = store(&encode_frames(&self.vae, &clip.frames, &self.device)?)?;
         let n = clip.frames.len();
         let frame = |i: usize| -> Result<Tensor> {
@@ -376,14 +381,50 @@ impl Kitchen {
                 })
             }
         };
-        let tensors = LatentTensors { latents, latents_image, latents_control, clip: clip_features };
-        for (name, tensor) in tensors.named()? {
-            format::check_finite(&name, &tensor).map_err(|e| {
-                Failure::Medium(format!("the models gave no proper numbers for it ({e}); try --vae_dtype float32"))
-            })?;
-        }
-        Ok(tensors)
+        proper(LatentTensors { latents, latents_image, latents_control, clip: clip_features, positions: None })
     }
+
+    fn encode_one_frame(
+        &self,
+        options: &CacheOptions,
+        positions: &Positions,
+        clip: &Clip,
+    ) -> Result<LatentTensors, Failure> {
+        let controls = clip.control.as_deref().unwrap_or_default();
+        if controls.len() != positions.controls.len() || controls.iter().any(|c| c.dimensions() != clip.size) {
+            let sizes: Vec<String> = controls.iter().map(|c| format!("{}x{}", c.width(), c.height())).collect();
+            return Err(Failure::Medium(format!(
+                "one-frame training needs {} control pictures of {}x{} for it, it has [{}] (is no_resize_control or \
+                 control_resolution set?)",
+                positions.controls.len(),
+                clip.size.0,
+                clip.size.1,
+                sizes.join(", ")
+            )));
+        }
+        let see = self.clip.as_ref().map(|(vision, _)| (vision, if options.last_frame { 2 } else { 1 }));
+        let made = one_frame::encode(&self.vae, see, positions, &clip.frames[0], controls, &self.device)?;
+        let store = |t: &Tensor| -> Result<Tensor> {
+            Ok(t.squeeze(0)?.to_device(&Device::Cpu)?.to_dtype(options.vae_dtype)?.contiguous()?)
+        };
+        proper(LatentTensors {
+            latents: store(&made.latents)?,
+            latents_image: Some(store(&made.condition)?),
+            latents_control: None,
+            clip: made.clip,
+            positions: Some(made.positions),
+        })
+    }
+}
+
+/// The tensors, unless the models gave something that is no number.
+fn proper(tensors: LatentTensors) -> Result<LatentTensors, Failure> {
+    for (name, tensor) in tensors.named()? {
+        format::check_finite(&name, &tensor).map_err(|e| {
+            Failure::Medium(format!("the models gave no proper numbers for it ({e}); try --vae_dtype float32"))
+        })?;
+    }
+    Ok(tensors)
 }
 
 /// Why a clip has no latents: by its own fault, or by one that would meet every other clip too.
@@ -399,7 +440,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 /// RGB frames of one size as bytes [1,3,T,H,W].
-fn frames_to_tensor(frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
+pub(super) fn frames_to_tensor(frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
     let (w, h) = frames[0].dimensions();
     let mut bytes = Vec::with_capacity(frames.len() * frames[0].len());
     for frame in frames {

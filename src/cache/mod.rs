@@ -11,6 +11,7 @@ pub mod index;
 pub mod latents;
 mod listing;
 pub mod names;
+pub mod one_frame;
 pub mod options;
 pub mod recipe;
 pub mod survey;

@@ -39,6 +39,8 @@ pub struct CacheOptions {
     pub last_frame: bool,
     /// Pictures get the condition of an empty frame instead of themselves.
     pub i2v_images_as_t2v: bool,
+    /// Pictures and their controls are frames of one sequence.
+    pub one_frame: bool,
     /// Store CLIP features (Wan 2.1 image-to-video).
     pub clip: bool,
     /// The old trainer's pixels and constants.
@@ -65,6 +67,7 @@ impl CacheOptions {
             i2v: false,
             last_frame: false,
             i2v_images_as_t2v: false,
+            one_frame: false,
             clip: false,
             musubi_compat: false,
             recache: false,

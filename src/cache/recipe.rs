@@ -111,6 +111,9 @@ pub struct LatentSettings {
     pub last_frame: bool,
     /// Pictures only: the condition is that of an empty frame.
     pub images_as_t2v: bool,
+    /// One-frame training: positions of the controls, then of the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub one_frame: Option<Vec<i64>>,
     /// The old trainer's rules for pixels and constants.
     pub musubi_compat: bool,
 }
@@ -163,6 +166,14 @@ impl LatentRecipe {
         }
         if now.i2v && was.images_as_t2v != now.images_as_t2v {
             return Some(format!("made {} i2v_images_as_t2v", with(was.images_as_t2v)));
+        }
+        if was.one_frame != now.one_frame {
+            let show = |p: &Option<Vec<i64>>| p.as_ref().map_or("none".to_string(), |p| format!("{p:?}"));
+            return Some(format!(
+                "made for one-frame positions {}, now {}",
+                show(&was.one_frame),
+                show(&now.one_frame)
+            ));
         }
         if was.musubi_compat != now.musubi_compat {
             return Some(made_under_compat(was.musubi_compat));

@@ -9,6 +9,7 @@ use anyhow::Result;
 use super::format::{self, FormatError, Header, LatentInfo};
 use super::listing::Listing;
 use super::names::CacheName;
+use super::one_frame::Positions;
 use super::options::CacheOptions;
 use super::recipe::{self, Freshness, LatentRecipe, LatentSettings, LatentWish, TextRecipe, TextWish};
 use crate::data::{count_frames, Cut, DatasetConfig, Entry, Item, Kind, Planned};
@@ -88,6 +89,9 @@ impl Survey {
             entries: Vec::new(),
             listings: config.entries.iter().map(Listing::of).collect::<Result<_>>()?,
         };
+        if options.one_frame {
+            config.entries.iter().try_for_each(|entry| Positions::of(entry).map(drop))?;
+        }
         survey.entries = items.iter().enumerate().map(|(i, item)| survey.item_entry(i, item)).collect();
         Ok(survey)
     }
@@ -95,6 +99,21 @@ impl Survey {
     /// Entry of the configuration an item belongs to.
     pub fn dataset(&self, item: &Item) -> &Entry {
         &self.config.entries[item.dataset]
+    }
+
+    /// Where the item's frames stand in time; one-frame training only.
+    pub fn positions(&self, item: &Item) -> Option<Positions> {
+        // `take` has refused data sets that have none.
+        self.options.one_frame.then(|| Positions::of(self.dataset(item)).ok()).flatten()
+    }
+
+    /// Pixel frames of which the VAE would make as many latent frames as a file holds.
+    pub fn pixel_frames(&self, item: &Item, span: Planned) -> usize {
+        match (self.positions(item), item.kind) {
+            (Some(positions), _) => 1 + (positions.frames() - 1) * self.options.geometry.temporal,
+            (None, Kind::Image) => 1,
+            (None, Kind::Video) => span.frames,
+        }
     }
 
     /// Latent files to make; a video whose clips are not known yet counts as one at least.
@@ -109,11 +128,21 @@ impl Survey {
         self.entries.iter().filter(|e| e.fault.is_none() && !e.text.state.is_usable()).count()
     }
 
-    /// What to know about pictures trained as image-to-video, if there are any: the first-frame condition of a picture
-    /// is the picture, so that the model learns to copy it. `i2v_images_as_t2v` leaves the condition empty.
-    pub fn stills_note(&self) -> Option<String> {
+    /// What to know about the settings, one sentence each.
+    pub fn notes(&self) -> Vec<String> {
+        let idle = |e: &&Entry| !self.options.one_frame && e.fp_1f_target_index.is_some();
+        let idle = self.config.entries.iter().filter(idle).map(|e| {
+            let path = e.source.path().display();
+            format!("dataset {} ({path}) sets fp_1f_target_index, which counts with --one_frame only", e.index + 1)
+        });
+        self.stills_note().into_iter().chain(idle).collect()
+    }
+
+    /// Pictures trained as image-to-video: the first-frame condition of a picture is the picture, so that the model
+    /// learns to copy it. `i2v_images_as_t2v` leaves the condition empty.
+    fn stills_note(&self) -> Option<String> {
         let stills = self.items.iter().filter(|i| i.kind == Kind::Image).count();
-        (self.options.i2v && !self.options.i2v_images_as_t2v && stills > 0).then(|| {
+        (self.options.i2v && !self.options.i2v_images_as_t2v && !self.options.one_frame && stills > 0).then(|| {
             format!(
                 "{stills} still images are trained as image-to-video with themselves as the given first frame, which \
                  teaches to copy; --i2v_images_as_t2v gives them an empty first frame instead"
@@ -166,6 +195,7 @@ impl Survey {
             i2v: o.i2v,
             last_frame: o.i2v && o.last_frame && span.frames > 1,
             images_as_t2v: o.i2v && o.i2v_images_as_t2v && item.kind == Kind::Image,
+            one_frame: self.positions(item).map(|p| p.record()),
             musubi_compat: o.musubi_compat,
         })
     }
@@ -181,7 +211,7 @@ impl Survey {
         if let Some(why) = other_architecture(&header) {
             return Freshness::Stale(why);
         }
-        let wanted = o.geometry.shape(span.size, span.frames);
+        let wanted = o.geometry.shape(span.size, self.pixel_frames(item, span));
         if info.shape != wanted {
             return Freshness::Stale(format!("holds latents of shape {:?}, wanted {wanted:?}", info.shape));
         }
@@ -189,7 +219,8 @@ impl Survey {
         let lacking = [
             (o.i2v && !info.image, "the first-frame condition that image-to-video needs"),
             (o.clip && info.clip_images != clip_images, "the CLIP features that this task needs"),
-            (!item.controls.is_empty() && !info.control, "the latents of its control"),
+            (o.one_frame && !info.positions, "the positions that one-frame training needs"),
+            (!o.one_frame && !item.controls.is_empty() && !info.control, "the latents of its control"),
         ];
         if let Some((_, what)) = lacking.iter().find(|(lacks, _)| *lacks) {
             return Freshness::Stale(format!("lacks {what}"));

@@ -156,6 +156,7 @@ mod on_card {
                 latents_image: None,
                 control: None,
                 clip: None,
+                positions: None,
                 context: (normal(&[TEXT_ROWS, self.text])? * 0.1)?.to_dtype(DType::BF16)?,
             })
         }

@@ -48,7 +48,7 @@ impl Prepared {
         let (dataset, scan) = job.dataset()?;
         let options = options(job, models)?;
         let survey = Survey::take(&dataset, &scan.items, &options)?;
-        survey.stills_note().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
+        survey.notes().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
         Ok(Self { scan, survey })
     }
 
@@ -87,6 +87,16 @@ fn vae_exec(job: &Job) -> anyhow::Result<Exec> {
 fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
     let c = &job.config;
     let (i2v, clip) = job.conditions();
+    if c.one_frame && !i2v {
+        return Err(UserError::usage(format!("--one_frame trains image-to-video models, and {} is none", c.task))
+            .hint("leave it out, or choose an image-to-video --task")
+            .into());
+    }
+    if c.one_frame && c.i2v_images_as_t2v {
+        return Err(UserError::usage("--one_frame and --i2v_images_as_t2v exclude each other")
+            .hint("with --one_frame the condition holds the control pictures")
+            .into());
+    }
     let found = |option: &str, role: Role, path: Option<&std::path::PathBuf>| -> anyhow::Result<Option<String>> {
         match job.model_file(option, role, path) {
             Ok(path) => Ok(Some(fingerprint::of_weights(&[path])?)),
@@ -106,6 +116,7 @@ fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
         i2v,
         last_frame: job.model.conditioning == Conditioning::FirstLastFrame,
         i2v_images_as_t2v: c.i2v_images_as_t2v,
+        one_frame: c.one_frame,
         clip,
         musubi_compat: c.musubi_compat,
         recache: c.recache && models,

@@ -129,7 +129,8 @@ fn largest_surveyed(prepared: &Prepared) -> anyhow::Result<(BucketKey, usize)> {
         let batch = prepared.survey.dataset(&prepared.survey.items[entry.item]).batch_size;
         entry.clips.iter().map(move |clip| {
             let (width, height) = (clip.span.size.0 as usize, clip.span.size.1 as usize);
-            (BucketKey { width, height, frames: clip.span.frames }, batch)
+            let item = &prepared.survey.items[entry.item];
+            (BucketKey { width, height, frames: prepared.survey.pixel_frames(item, clip.span) }, batch)
         })
     });
     largest(clips)

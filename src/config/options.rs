@@ -165,6 +165,7 @@ options! {
         allow_bad_media: bool = false; "Drop unreadable images and videos (they are listed) instead of stopping"
         recache: bool = false; "Encode everything again, even where the cache is fresh"
         i2v_images_as_t2v: bool = false; "Image-to-video tasks: give still images an empty first-frame condition instead of themselves"
+        one_frame: bool = false; "Image-to-video tasks on image datasets with fp_1f_clean_indices and fp_1f_target_index: control pictures and target are frames of one sequence"
         max_data_loader_n_workers: u64 = 8; "Threads that decode media and read caches"
         persistent_data_loader_workers: bool = false; "Accepted for compatibility: workers always persist here"
     }

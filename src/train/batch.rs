@@ -104,7 +104,8 @@ impl Assembler<'_> {
         let y = self.conditioning(&items, &loaded)?;
         let clip_fea = self.clip(&items, &loaded)?;
         let context = loaded.iter().map(|i| Ok(i.context.to_device(self.exec.device())?)).collect::<Result<_>>()?;
-        let inputs = WanInputs { x, t, context, y, clip_fea, f_indices: None };
+        let f_indices = self.positions(&items, &loaded)?;
+        let inputs = WanInputs { x, t, context, y, clip_fea, f_indices };
         Ok(Batch { items, latents, noise, timesteps, weight_b, clean_first_frame, inputs })
     }
 
@@ -149,6 +150,21 @@ impl Assembler<'_> {
         }
         let names = || items.iter().map(|i| self.items.name(*i)).collect::<Vec<_>>().join(", ");
         Tensor::stack(&parts, 0).with_context(|| format!("the {what} of {} have different shapes", names()))
+    }
+
+    /// Where the latent frames stand in time, for one-frame caches; the old tool stores this and counts from 0 anyway.
+    fn positions(&self, items: &[usize], loaded: &[ItemTensors]) -> Result<Option<Vec<usize>>> {
+        let first = loaded.first().and_then(|t| t.positions.clone());
+        if let Some(other) = loaded.iter().position(|t| t.positions != first) {
+            return Err(UserError::new(format!(
+                "{} and {} stand at different positions in time and cannot share a batch",
+                self.items.name(items[0]),
+                self.items.name(items[other])
+            ))
+            .hint("one of the two caches is old: run with --recache")
+            .into());
+        }
+        Ok(first.filter(|_| !self.settings.compat.frame_positions))
     }
 
     /// The channels that stand behind the noisy latent, `[b, in_dim - c, f, h, w]`.

@@ -44,6 +44,8 @@ pub struct Compat {
     pub sigma_rounding: bool,
     /// Fun Control without CLIP features: text rows take the place of the image's, where zeros would stand.
     pub missing_clip: bool,
+    /// One-frame training: frames count from 0 whatever their positions.
+    pub frame_positions: bool,
     /// Polynomial decay ends at 1e-7 whatever the ratio; `rex` starts odd.
     pub schedule: bool,
 }
@@ -51,7 +53,14 @@ pub struct Compat {
 impl Compat {
     /// All of it (`--musubi_compat`).
     pub fn musubi() -> Self {
-        Self { timesteps: true, noise: true, sigma_rounding: true, missing_clip: true, schedule: true }
+        Self {
+            timesteps: true,
+            noise: true,
+            sigma_rounding: true,
+            missing_clip: true,
+            frame_positions: true,
+            schedule: true,
+        }
     }
 }
 

@@ -124,6 +124,7 @@ const FIXED: &[&str] = &[
     "network_args",
     "optimizer_type",
     "noise_level",
+    "one_frame",
 ];
 
 /// Options that change the numbers from here on: allowed, and said.

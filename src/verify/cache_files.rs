@@ -70,7 +70,7 @@ fn latents_of(case: &Case<'_>, vae: &Vae, entry: &Value, io: &Tensors) -> Result
         false => None,
     };
     let latents = vae.encode(&pixels)?.squeeze(0)?;
-    Ok(LatentTensors { latents, latents_image: image, latents_control: None, clip: None })
+    Ok(LatentTensors { latents, latents_image: image, latents_control: None, clip: None, positions: None })
 }
 
 /// Key and metadata of caption files.

@@ -43,6 +43,7 @@ fn latent_files_have_the_recorded_form() {
             latents_image: find("latents_image"),
             latents_control: None,
             clip: None,
+            positions: None,
         };
         let named = tensors.named().unwrap();
         let keys: Vec<&str> = case["cache_keys"].as_array().unwrap().iter().map(|k| k.as_str().unwrap()).collect();
@@ -107,6 +108,7 @@ fn full_file(latents: Tensor) -> (Vec<u8>, LatentTensors) {
         latents_image: Some(ones(c + 4)),
         latents_control: Some(ones(c)),
         clip: Some(Tensor::ones((3, 5), DType::F32, &Device::Cpu).unwrap()),
+        positions: Some(Tensor::new(&[0i32, 7], &Device::Cpu).unwrap()),
         latents,
     };
     let bytes = format::to_bytes(&tensors.named().unwrap(), &format::latent_metadata(32, 16, Some(5))).unwrap();
@@ -126,11 +128,18 @@ fn every_kind_of_tensor_comes_back() {
     let names: Vec<String> = format::read_header(&path).unwrap().tensors.into_keys().collect();
     assert_eq!(
         names,
-        ["clip_bfloat16", "latents_2x2x2_bfloat16", "latents_control_2x2x2_bfloat16", "latents_image_2x2x2_bfloat16"]
+        [
+            "clip_bfloat16",
+            "f_indices_int32",
+            "latents_2x2x2_bfloat16",
+            "latents_control_2x2x2_bfloat16",
+            "latents_image_2x2x2_bfloat16"
+        ]
     );
     let back = load_latents(&path).unwrap();
     assert_eq!(bits(&back.latents), bits(&tensors.latents));
     assert_eq!(back.latents_control.unwrap().dims(), [4, 2, 2, 2]);
+    assert_eq!(back.positions.unwrap().to_vec1::<i32>().unwrap(), [0, 7]);
     let clip = back.clip.unwrap();
     assert_eq!((clip.dtype(), clip.dims()), (DType::F16, &[3, 5][..]), "CLIP features are fp16 under any name");
 }

@@ -21,8 +21,8 @@ fn image_to_video_stores_the_first_frame() {
     let mut kitchen = Kitchen::new();
     kitchen.options.i2v = true;
     kitchen.options.vae_dtype = DType::F32;
-    assert_eq!(Kitchen::new().survey().1.stills_note(), None);
-    let note = kitchen.survey().1.stills_note().unwrap();
+    assert!(Kitchen::new().survey().1.notes().is_empty());
+    let note = kitchen.survey().1.notes().remove(0);
     assert!(note.starts_with("2 still images") && note.contains("--i2v_images_as_t2v"), "{note}");
     kitchen.cook().ok();
     let clip = load_latents(&kitchen.path(WALK)).unwrap();
@@ -43,7 +43,7 @@ fn image_to_video_stores_the_first_frame() {
     assert!(values(&image.narrow(0, 0, 4).unwrap()).iter().all(|v| *v == 1.0));
 
     kitchen.options.i2v_images_as_t2v = true;
-    assert_eq!(kitchen.survey().1.stills_note(), None);
+    assert!(kitchen.survey().1.notes().is_empty());
     let meal = kitchen.cook().ok();
     assert!(meal.row("a_cat.png").contains("made without i2v_images_as_t2v"), "{}", meal.table());
     assert!(meal.row("frames/walk").contains("2 reused"), "videos are not concerned: {}", meal.table());
@@ -176,4 +176,111 @@ fn a_control_of_another_size_is_refused_by_name() {
     kitchen.write_config("resolution = [48, 32]", &control);
     let error = kitchen.cook().error();
     assert!(error.contains("a_cat.png") && error.contains("no_resize_control"), "{error}");
+}
+
+/// Two controls and a target that stands between them in time.
+fn one_frame(kitchen: &mut Kitchen, indices: &str, target: i64) {
+    let root = kitchen.path("").display().to_string();
+    let root = root.trim_end_matches('/');
+    let config = format!(
+        "[general]\nresolution = [48, 32]\ncaption_extension = \".txt\"\n[[datasets]]\nimage_directory = \"{root}/pictures\"\n\
+         control_directory = \"{root}/controls\"\ncache_directory = \"{root}/cache/pictures\"\n\
+         fp_1f_clean_indices = {indices}\nfp_1f_target_index = {target}\n"
+    );
+    fs::write(kitchen.path("dataset.toml"), config).unwrap();
+    kitchen.options.i2v = true;
+    kitchen.options.vae_dtype = DType::F32;
+}
+
+#[test]
+fn one_frame_caches_hold_controls_and_target_as_frames_of_one_sequence() {
+    let mut kitchen = Kitchen::new();
+    fs::create_dir(kitchen.path("controls")).unwrap();
+    for (name, seed) in [("a_cat_0", 71), ("a_cat_1", 72), ("dog_0", 73), ("dog_1", 74)] {
+        picture(48, 32, seed).save(kitchen.path(&format!("controls/{name}.png"))).unwrap();
+    }
+    one_frame(&mut kitchen, "[0, 9]", 4);
+    let note = kitchen.survey().1.notes().pop().unwrap();
+    assert!(note.contains("fp_1f_target_index") && note.contains("--one_frame"), "{note}");
+
+    kitchen.options.one_frame = true;
+    kitchen.options.clip = true;
+    kitchen.options.last_frame = true;
+    kitchen.options.clip_vision = Some("clip one".into());
+    kitchen.with_clip = true;
+    assert!(kitchen.survey().1.notes().is_empty());
+    let mut meal = kitchen.cook().ok();
+    let cat = load_latents(&kitchen.path(CAT)).unwrap();
+    assert_eq!(cat.latents.dims(), [4, 3, 4, 6]);
+    assert_eq!(cat.positions.unwrap().to_vec1::<i32>().unwrap(), [0, 4, 9]);
+    assert!(cat.latents_control.is_none());
+    let condition = cat.latents_image.unwrap();
+    let frame = |t: &Tensor, f: usize| values(&t.narrow(1, f, 1).unwrap());
+    let (mask, given) = (condition.narrow(0, 0, 4).unwrap(), condition.narrow(0, 4, 4).unwrap());
+    for (f, clean) in [(0, 1.0), (1, 0.0), (2, 1.0)] {
+        assert!(frame(&mask, f).iter().all(|v| *v == clean), "frame {f}");
+        assert_eq!(frame(&given, f) == frame(&cat.latents, f), clean == 1.0, "frame {f}");
+    }
+    // Each frame is what the VAE makes of that picture alone.
+    let vae = kitchen.load_vae().unwrap();
+    let alone = |file: &str| {
+        let picture = std::sync::Arc::new(image::open(kitchen.path(file)).unwrap().to_rgb8());
+        values(&wan_train::cache::latents::encode_frames(&vae, &[picture], &Device::Cpu).unwrap())
+    };
+    assert_eq!(frame(&cat.latents, 0), alone("controls/a_cat_0.png"));
+    assert_eq!(frame(&cat.latents, 2), alone("controls/a_cat_1.png"));
+    // The empty frame is the same for every item, and CLIP sees the controls in their order.
+    let dog = load_latents(&kitchen.path(DOG)).unwrap();
+    assert_eq!(frame(&dog.latents_image.unwrap().narrow(0, 4, 4).unwrap(), 1), frame(&given, 1));
+    let clip = cat.clip.unwrap();
+    assert_eq!(clip.dims(), [2, 5, 16]);
+    assert_ne!(values(&clip.get(0).unwrap()), values(&clip.get(1).unwrap()));
+
+    // Training gets the positions, and buckets count the frames that the latents have.
+    let index = wan_train::cache::CacheIndex::build(&mut meal.survey).unwrap();
+    assert_eq!(index.load_item(0).unwrap().positions, Some(vec![0, 4, 9]));
+    assert_eq!(index.buckets[0].key.frames, 9);
+
+    kitchen.models = false;
+    kitchen.cook().ok();
+    one_frame(&mut kitchen, "[0, 9]", 5);
+    let (_, survey) = kitchen.survey();
+    let stale = |s: &Freshness| matches!(s, Freshness::Stale(why) if why.contains("[0, 9, 4], now [0, 9, 5]"));
+    assert!(survey.entries.iter().flat_map(|e| &e.clips).all(|c| stale(&c.state)));
+    kitchen.options.one_frame = false;
+    let (_, survey) = kitchen.survey();
+    assert!(survey.entries.iter().flat_map(|e| &e.clips).all(|c| !c.state.is_usable()));
+}
+
+#[test]
+fn one_frame_needs_pictures_positions_and_controls() {
+    let mut kitchen = Kitchen::new();
+    kitchen.options.one_frame = true;
+    kitchen.options.i2v = true;
+    let refused = |kitchen: &Kitchen| {
+        let config = wan_train::data::DatasetConfig::load(&kitchen.path("dataset.toml"), &kitchen.data).unwrap();
+        wan_train::cache::Survey::take(&config, &[], &kitchen.options).unwrap_err().to_string()
+    };
+    let error = refused(&kitchen);
+    assert!(error.contains("does not say where its frames stand") && error.contains("fp_1f_clean_indices"), "{error}");
+    fs::create_dir(kitchen.path("controls")).unwrap();
+    for (indices, target, want) in [("[0, 2000]", 1, "0 to 1023"), ("[0, 3]", 3, "where a control")] {
+        one_frame(&mut kitchen, indices, target);
+        assert!(refused(&kitchen).contains(want), "{}", refused(&kitchen));
+    }
+    kitchen.write_config("resolution = [48, 32]", "target_frames = [5]");
+    let text = fs::read_to_string(kitchen.path("dataset.toml")).unwrap();
+    let videos_only =
+        text.split("[[datasets]]").enumerate().filter(|(i, _)| *i != 1).map(|(_, t)| t).collect::<Vec<_>>();
+    fs::write(kitchen.path("dataset.toml"), videos_only.join("[[datasets]]")).unwrap();
+    assert!(refused(&kitchen).contains("holds videos"));
+    // A control of another size has no place beside the target.
+    for name in ["a_cat", "dog"] {
+        picture(96, 96, 7).save(kitchen.path(&format!("controls/{name}.png"))).unwrap();
+    }
+    one_frame(&mut kitchen, "[0]", 1);
+    let text = fs::read_to_string(kitchen.path("dataset.toml")).unwrap();
+    fs::write(kitchen.path("dataset.toml"), text + "no_resize_control = true\n").unwrap();
+    let error = kitchen.cook().error();
+    assert!(error.contains("1 control pictures of 48x32") && error.contains("[96x96]"), "{error}");
 }

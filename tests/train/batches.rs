@@ -202,3 +202,18 @@ fn latents_of_another_vae_and_unequal_sizes_are_refused() {
     let error = assemble(&arch(), Conditioning::None, &items, &Exec::cpu(), |_| {}).err().unwrap().to_string();
     assert!(error.contains("48 channels") && error.contains("another VAE"), "{error}");
 }
+
+#[test]
+fn one_frame_caches_tell_the_model_where_their_frames_stand() {
+    let mut items = data(0, 2, 2);
+    items.items.iter_mut().for_each(|i| i.positions = Some(vec![0, 5]));
+    let run = |items: &_, compat: bool| {
+        assemble(&arch(), Conditioning::None, items, &Exec::cpu(), |c| c.musubi_compat = compat)
+    };
+    assert_eq!(run(&items, false).unwrap().inputs.f_indices, Some(vec![0, 5]));
+    assert_eq!(run(&items, true).unwrap().inputs.f_indices, None, "the old tool counts from 0");
+    assert_eq!(run(&data(0, 2, 2), false).unwrap().inputs.f_indices, None);
+    items.items[1].positions = Some(vec![0, 6]);
+    let error = format!("{:#}", run(&items, false).map(drop).unwrap_err());
+    assert!(error.contains("item0") && error.contains("item1") && error.contains("--recache"), "{error}");
+}

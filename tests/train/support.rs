@@ -88,6 +88,7 @@ pub fn item(number: u32, fhw: [usize; 3]) -> ItemTensors {
         latents_image: None,
         control: None,
         clip: None,
+        positions: None,
         context: normal(2 * number + 1, &[3, 12], DType::BF16),
     }
 }
