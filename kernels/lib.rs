@@ -24,6 +24,7 @@ pub mod gelu;
 pub mod heap;
 pub mod linear;
 pub mod norm;
+pub mod offload;
 pub mod patchify;
 pub mod philox;
 

@@ -20,6 +20,7 @@ use half::{bf16, f16};
 
 use super::blas::Blas;
 pub use super::copy::Pinned;
+use super::stash::Stash;
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
@@ -36,6 +37,8 @@ struct Inner {
     device: CudaDevice,
     stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
+    leaving: Arc<CudaStream>,
+    stash: Stash,
     card: Card,
     functions: Mutex<HashMap<(&'static str, String), CudaFunction>>,
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
@@ -89,12 +92,15 @@ impl Gpu {
         let device = CudaDevice::new_with_stream(ordinal)?;
         let stream = device.cuda_stream();
         let copies = context.new_stream().map_err(|e| failed(&e))?;
+        let leaving = context.new_stream().map_err(|e| failed(&e))?;
         keep_pool(&context).map_err(|e| failed(&e))?;
         let inner = Arc::new(Inner {
             blas: Blas::new(&stream)?,
             device,
             stream,
             copies,
+            leaving,
+            stash: Stash::default(),
             card,
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -135,7 +141,16 @@ impl Gpu {
         &self.0.stream
     }
 
-    /// The stream for copies between host and device.
+    /// The stream for copies from device to host: the two directions of the bus work at the same time.
+    pub(super) fn leaving_stream(&self) -> &Arc<CudaStream> {
+        &self.0.leaving
+    }
+
+    pub(super) fn stash_of(&self) -> &Stash {
+        &self.0.stash
+    }
+
+    /// The stream for copies from host to device.
     pub(crate) fn copies(&self) -> &Arc<CudaStream> {
         &self.0.copies
     }

@@ -3,3 +3,4 @@
 pub(crate) mod blas;
 mod copy;
 pub mod gpu;
+pub(crate) mod stash;

@@ -11,14 +11,14 @@ use candle_core::{DType, Tensor};
 use wan_kernels::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use wan_kernels::Exec;
 
-use super::embed::TimeEmbedding;
+use super::embed::{Modulation, TimeEmbedding};
 use super::pieces::{norm_only, ContextWeights};
 use super::probe::Probe;
-use super::saved::{AttnOut, BlockSaved, Kept, Products};
-use super::{BlockPlan, BlockWeights, GradSink, Numerics};
+use super::saved::{AttnOut, BlockSaved, CrossAttention, FeedForward, Kept, Products, SelfAttention, Stored};
+use super::{BlockPlan, BlockWeights, GradSink, Numerics, SavePolicy};
 use crate::adapter::Adapters;
 use crate::arch::WanArch;
-use crate::linear::add;
+use crate::linear::{add, LinearOut};
 use crate::Result;
 
 /// What every block of one pass reads.
@@ -55,94 +55,148 @@ const GATE_FFN: usize = 5;
 impl Block<'_> {
     /// `x` `[b, l, d]` to the block's output; nothing is kept.
     pub fn predict(&self, w: &BlockWeights, x_bld: &Tensor, probe: &mut Probe) -> Result<Tensor> {
-        let (products, x2_bld) = self.products(w, x_bld, None, probe)?;
-        Ok(self.feed_forward_end(w, &products, &x2_bld, probe)?.0)
+        let mods = self.cx.time.modulation(&w.modulation)?;
+        let (_, x1_bld) = self.self_attention(w, &mods, x_bld, None, probe)?;
+        let (_, cross_bld) = self.cross_attention(w, &x1_bld, probe)?;
+        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        drop((x1_bld, cross_bld));
+        let ffn = self.feed_forward(w, &mods, &x2_bld)?;
+        Ok(self.feed_forward_end(w, &mods, &ffn, &x2_bld, probe)?.0)
     }
 
-    /// The same, keeping what `plan` says.
-    pub fn forward(&self, w: &BlockWeights, x_bld: Tensor, plan: BlockPlan) -> Result<(Tensor, BlockSaved)> {
+    /// The same, keeping what `plan` says; whatever it does not keep is dropped as early as in `predict`.
+    pub fn forward(&self, w: &BlockWeights, x_bld: Tensor, plan: BlockPlan) -> Result<(Tensor, Stored)> {
         let mut probe = Probe::off();
-        let (mut products, x2_bld) = self.products(w, &x_bld, None, &mut probe)?;
-        let (out_bld, h) = self.feed_forward_end(w, &products, &x2_bld, &mut probe)?;
-        products.ffn_2_h = h;
-        Ok((out_bld, BlockSaved::new(x_bld, products, plan)?))
+        let mods = self.cx.time.modulation(&w.modulation)?;
+        let all = plan.keep == SavePolicy::KeepAll;
+        let (self_attn, x1_bld) = self.self_attention(w, &mods, &x_bld, None, &mut probe)?;
+        let (whole, attn) = match plan.keep {
+            SavePolicy::KeepAll => (Some(self_attn), None),
+            SavePolicy::KeepAttention => (None, Some(self_attn.attn)),
+            SavePolicy::Recompute => (None, None),
+        };
+        let (cross_attn, cross_bld) = self.cross_attention(w, &x1_bld, &mut probe)?;
+        let cross_attn = all.then_some(cross_attn);
+        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        drop(x1_bld);
+        let cross_bld = all.then_some(cross_bld);
+        let mut ffn = self.feed_forward(w, &mods, &x2_bld)?;
+        let (out_bld, h) = self.feed_forward_end(w, &mods, &ffn, &x2_bld, &mut probe)?;
+        drop(x2_bld);
+        ffn.second_h = h;
+        let kept = match (whole, cross_attn, cross_bld) {
+            (Some(self_attn), Some(cross_attn), Some(cross_bld)) => {
+                Kept::All(Box::new(Products { self_attn, cross_attn, cross_bld, ffn }))
+            }
+            _ => attn.map_or(Kept::Nothing, Kept::Attention),
+        };
+        Ok((out_bld, Stored::new(BlockSaved { x_bld, kept }, self.exec, plan.home)?))
     }
 
-    /// Everything up to the first feed-forward product, and the stream `x2` before the feed-forward part.
-    /// `attn`: the self-attention, where it was kept.
-    fn products(
+    /// The self-attention part and the stream after it. `attn`: its attention, where it was kept; queries, keys and
+    /// values are then left for later.
+    fn self_attention(
         &self,
         w: &BlockWeights,
+        mods: &Modulation,
         x_bld: &Tensor,
         attn: Option<AttnOut>,
         probe: &mut Probe,
-    ) -> Result<(Products, Tensor)> {
-        let mods = self.cx.time.modulation(&w.modulation)?;
-        let (sa, cross) = (&w.self_attn, &w.cross_attn);
-
-        let h1_bld = self.modulated(x_bld, &mods, SHIFT_SA, SCALE_SA)?;
-        let q = self.linear("self_attn.q", &sa.q, &h1_bld)?;
-        let k = self.linear("self_attn.k", &sa.k, &h1_bld)?;
-        let v = self.linear("self_attn.v", &sa.v, &h1_bld)?;
-        drop(h1_bld);
-        if probe.is_on() {
-            let i = self.index;
-            probe.see_in_block(i, "modulation_plus_e0", &mods.of_first_token()?)?;
-            let norm1 = norm_only(self.exec, x_bld, &mods.get(SHIFT_SA)?, self.arch.eps, DType::F32)?;
-            probe.see_in_block(i, "norm1", &norm1)?;
-            probe.see_in_block(i, "self_attn.q_linear", &q.y)?;
-            probe.see_in_block(i, "self_attn.q_normed", &self.rms(&q.y, &sa.norm_q)?)?;
-            probe.see_in_block(i, "self_attn.k_normed", &self.rms(&k.y, &sa.norm_k)?)?;
-            probe.see(&format!("rope_applied_block{i}_q"), &self.rope(&q.y, &sa.norm_q)?)?;
-        }
-        let attn = match attn {
-            Some(attn) => attn,
-            None => self.attend(&self.rope(&q.y, &sa.norm_q)?, &self.rope(&k.y, &sa.norm_k)?, &self.heads(&v.y)?)?,
+    ) -> Result<(SelfAttention, Tensor)> {
+        let sa = &w.self_attn;
+        let (qkv, attn) = match attn {
+            Some(attn) => (None, attn),
+            None => {
+                let h1_bld = self.modulated(x_bld, mods, SHIFT_SA, SCALE_SA)?;
+                let [q, k, v] = self.qkv(w, &h1_bld)?;
+                drop(h1_bld);
+                if probe.is_on() {
+                    let i = self.index;
+                    probe.see_in_block(i, "modulation_plus_e0", &mods.of_first_token()?)?;
+                    let norm1 = norm_only(self.exec, x_bld, &mods.get(SHIFT_SA)?, self.arch.eps, DType::F32)?;
+                    probe.see_in_block(i, "norm1", &norm1)?;
+                    probe.see_in_block(i, "self_attn.q_linear", &q.y)?;
+                    probe.see_in_block(i, "self_attn.q_normed", &self.rms(&q.y, &sa.norm_q)?)?;
+                    probe.see_in_block(i, "self_attn.k_normed", &self.rms(&k.y, &sa.norm_k)?)?;
+                    probe.see(&format!("rope_applied_block{i}_q"), &self.rope(&q.y, &sa.norm_q)?)?;
+                }
+                let [q_blnh, k_blnh, v_blnh] = self.rotated(w, [&q.y, &k.y, &v.y])?;
+                let attn = self.attend(&q_blnh, &k_blnh, &v_blnh)?;
+                (Some([q, k, v]), attn)
+            }
         };
         let o = self.linear("self_attn.o", &sa.o, &self.tokens(&attn.o_blnh)?)?;
         probe.see_in_block(self.index, "self_attn_out", &o.y)?;
         let x1_bld = self.gated(x_bld, &o.y, &mods.get(GATE_SA)?)?;
+        Ok((SelfAttention { qkv, attn, o }, x1_bld))
+    }
 
-        let h3_bld = self.norm3(w, &x1_bld)?;
+    /// Queries, keys and values before norm and rotation.
+    fn qkv(&self, w: &BlockWeights, h1_bld: &Tensor) -> Result<[LinearOut; 3]> {
+        let sa = &w.self_attn;
+        Ok([
+            self.linear("self_attn.q", &sa.q, h1_bld)?,
+            self.linear("self_attn.k", &sa.k, h1_bld)?,
+            self.linear("self_attn.v", &sa.v, h1_bld)?,
+        ])
+    }
+
+    /// Queries, keys and values as attention reads them, `[b, l, n, h]`.
+    fn rotated(&self, w: &BlockWeights, [q_bld, k_bld, v_bld]: [&Tensor; 3]) -> Result<[Tensor; 3]> {
+        let sa = &w.self_attn;
+        Ok([self.rope(q_bld, &sa.norm_q)?, self.rope(k_bld, &sa.norm_k)?, self.heads(v_bld)?])
+    }
+
+    /// The cross-attention part, and what it adds to the stream.
+    fn cross_attention(
+        &self,
+        w: &BlockWeights,
+        x1_bld: &Tensor,
+        probe: &mut Probe,
+    ) -> Result<(CrossAttention, Tensor)> {
+        let cross = &w.cross_attn;
+        let h3_bld = self.norm3(w, x1_bld)?;
         probe.see_in_block(self.index, "norm3", &h3_bld)?;
-        let cross_q = self.linear("cross_attn.q", &cross.q, &h3_bld)?;
+        let q = self.linear("cross_attn.q", &cross.q, &h3_bld)?;
         drop(h3_bld);
-        let cq_blnh = self.heads(&self.rms(&cross_q.y, &cross.norm_q)?)?;
+        let cq_blnh = self.heads(&self.rms(&q.y, &cross.norm_q)?)?;
         let text = self.key_value(&ContextWeights::text(w), &cq_blnh, &self.cx.text_bmd)?;
         let image = match (ContextWeights::image(w), &self.cx.image_bmd) {
             (Some(weights), Some(rows)) => Some(self.key_value(&weights, &cq_blnh, rows)?),
             _ => None,
         };
         drop(cq_blnh);
-        let cross_o = self.linear("cross_attn.o", &cross.o, &self.cross_sum(&text, image.as_ref())?)?;
-        probe.see_in_block(self.index, "cross_attn_out", &cross_o.y)?;
-        let x2_bld = self.added(&x1_bld, &cross_o.y)?;
-
-        let h2_bld = self.modulated(&x2_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
-        let ffn_0 = self.linear("ffn.0", &w.ffn_0, &h2_bld)?;
-        let products = Products { q, k, v, attn, o, cross_q, text, image, cross_o, ffn_0, ffn_2_h: None };
-        Ok((products, x2_bld))
+        let o = self.linear("cross_attn.o", &cross.o, &self.cross_sum(&text, image.as_ref())?)?;
+        probe.see_in_block(self.index, "cross_attn_out", &o.y)?;
+        Ok((CrossAttention { q, text, image, o_h: o.h }, o.y))
     }
 
-    /// From the first feed-forward product to the block's output; also the low-rank activation of `ffn.2`.
+    /// The first product of the feed-forward part.
+    fn feed_forward(&self, w: &BlockWeights, mods: &Modulation, x2_bld: &Tensor) -> Result<FeedForward> {
+        let h2_bld = self.modulated(x2_bld, mods, SHIFT_FFN, SCALE_FFN)?;
+        Ok(FeedForward { first: self.linear("ffn.0", &w.ffn_0, &h2_bld)?, second_h: None })
+    }
+
+    /// From there to the block's output; also the low-rank activation of `ffn.2`.
     fn feed_forward_end(
         &self,
         w: &BlockWeights,
-        p: &Products,
+        mods: &Modulation,
+        ffn: &FeedForward,
         x2_bld: &Tensor,
         probe: &mut Probe,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &p.ffn_0.y })?;
-        let ffn_2 = self.linear("ffn.2", &w.ffn_2, &g_blf)?;
-        probe.see_in_block(self.index, "ffn_out", &ffn_2.y)?;
-        let gate = self.cx.time.modulation(&w.modulation)?.get(GATE_FFN)?;
-        let out_bld = self.gated(x2_bld, &ffn_2.y, &gate)?;
+        let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &ffn.first.y })?;
+        let second = self.linear("ffn.2", &w.ffn_2, &g_blf)?;
+        probe.see_in_block(self.index, "ffn_out", &second.y)?;
+        let out_bld = self.gated(x2_bld, &second.y, &mods.get(GATE_FFN)?)?;
         probe.see_in_block(self.index, "out", &out_bld)?;
-        Ok((out_bld, ffn_2.h))
+        Ok((out_bld, second.h))
     }
 
     /// `dout` to `dx`, both `[b, l, d]` of the residual stream; `None` where no trained parameter lies below.
-    /// Adapter gradients go to the sink on the way.
+    /// Adapter gradients go to the sink on the way. `past_peak` is called once the widest part is behind: there is
+    /// room then for what the next block needs.
     pub fn backward(
         &self,
         w: &BlockWeights,
@@ -150,74 +204,87 @@ impl Block<'_> {
         dout_bld: Tensor,
         need_dx: bool,
         sink: &mut dyn GradSink,
+        past_peak: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Tensor>> {
-        let BlockSaved { x_bld, kept } = saved.brought_to(self.exec.device())?;
-        let mut probe = Probe::off();
-        let p = match kept {
-            Kept::All(products) => *products,
-            Kept::Attention(attn) => self.products(w, &x_bld, Some(attn), &mut probe)?.0,
-            Kept::Nothing => self.products(w, &x_bld, None, &mut probe)?.0,
-        };
+        let BlockSaved { x_bld, kept } = saved;
         let mods = self.cx.time.modulation(&w.modulation)?;
-        let x1_bld = self.gated(&x_bld, &p.o.y, &mods.get(GATE_SA)?)?;
-        let x2_bld = self.added(&x1_bld, &p.cross_o.y)?;
+        // `x1` is needed at both ends of the cross-attention part: in between only what it was made from is held.
+        let (self_attn, cross_attn, x2_bld, ffn) = match kept {
+            Kept::All(products) => {
+                let Products { self_attn, cross_attn, cross_bld, ffn } = *products;
+                let x1_bld = self.gated(&x_bld, &self_attn.o.y, &mods.get(GATE_SA)?)?;
+                (self_attn, cross_attn, self.added(&x1_bld, &cross_bld)?, ffn)
+            }
+            Kept::Attention(attn) => self.again(w, &mods, &x_bld, Some(attn))?,
+            Kept::Nothing => self.again(w, &mods, &x_bld, None)?,
+        };
 
         // out = x2 + gate · ffn_2(gelu(ffn_0(h2)))
+        let FeedForward { first: LinearOut { y: f0_blf, h: f0_h }, second_h } = ffn;
         let df2_bld = self.gate_backward(&dout_bld, &mods.get(GATE_FFN)?)?;
-        let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &p.ffn_0.y })?;
-        let dg_blf = self.linear_backward("ffn.2", &w.ffn_2, &g_blf, p.ffn_2_h.as_ref(), &df2_bld, sink)?;
-        drop((g_blf, df2_bld));
-        let df0_blf = self.exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x: &p.ffn_0.y, dy: &dg_blf })?;
-        drop(dg_blf);
+        let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &f0_blf })?;
+        let dg_blf = self.linear_backward("ffn.2", &w.ffn_2, &g_blf, second_h.as_ref(), &df2_bld, sink)?;
+        drop((g_blf, df2_bld, second_h));
+        let df0_blf = self.exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x: &f0_blf, dy: &dg_blf })?;
+        drop((dg_blf, f0_blf));
         let h2_bld = self.modulated(&x2_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
-        let dh2_bld = self.linear_backward("ffn.0", &w.ffn_0, &h2_bld, p.ffn_0.h.as_ref(), &df0_blf, sink)?;
-        drop((df0_blf, h2_bld, p.ffn_0));
+        let dh2_bld = self.linear_backward("ffn.0", &w.ffn_0, &h2_bld, f0_h.as_ref(), &df0_blf, sink)?;
+        drop((df0_blf, h2_bld, f0_h));
+        past_peak()?;
         let dx2_bld = self.modulated_backward(&x2_bld, &mods, SCALE_FFN, &dh2_bld, &dout_bld)?;
         drop((x2_bld, dh2_bld, dout_bld));
 
         // x2 = x1 + o(attention(q(h3), text) + attention(q(h3), image))
         let cross = &w.cross_attn;
-        let co_bld = self.cross_sum(&p.text, p.image.as_ref())?;
+        let CrossAttention { q: LinearOut { y: cq_bld, h: cq_h }, text, image, o_h } = cross_attn;
+        let co_bld = self.cross_sum(&text, image.as_ref())?;
         let dcross_bld = dx2_bld.to_dtype(self.exec.compute())?;
-        let dco_bld =
-            self.linear_backward("cross_attn.o", &cross.o, &co_bld, p.cross_o.h.as_ref(), &dcross_bld, sink)?;
-        drop((co_bld, dcross_bld, p.cross_o));
-        let cq_blnh = self.heads(&self.rms(&p.cross_q.y, &cross.norm_q)?)?;
+        let dco_bld = self.linear_backward("cross_attn.o", &cross.o, &co_bld, o_h.as_ref(), &dcross_bld, sink)?;
+        drop((co_bld, dcross_bld, o_h));
+        let cq_blnh = self.heads(&self.rms(&cq_bld, &cross.norm_q)?)?;
         let dco_blnh = self.heads(&dco_bld)?;
         let text_bmd = &self.cx.text_bmd;
         let mut dcq_blnh =
-            self.key_value_backward(&ContextWeights::text(w), p.text, &cq_blnh, text_bmd, &dco_blnh, sink)?;
-        if let (Some(weights), Some(rows), Some(saved)) = (ContextWeights::image(w), &self.cx.image_bmd, p.image) {
+            self.key_value_backward(&ContextWeights::text(w), text, &cq_blnh, text_bmd, &dco_blnh, sink)?;
+        if let (Some(weights), Some(rows), Some(saved)) = (ContextWeights::image(w), &self.cx.image_bmd, image) {
             let share = self.key_value_backward(&weights, saved, &cq_blnh, rows, &dco_blnh, sink)?;
             dcq_blnh = add(self.exec, &dcq_blnh, &share)?;
         }
         drop((cq_blnh, dco_blnh, dco_bld));
-        let dcq_bld = self.rms_backward(&p.cross_q.y, &cross.norm_q, &dcq_blnh.flatten_from(2)?)?;
-        drop(dcq_blnh);
+        let dcq_bld = self.rms_backward(&cq_bld, &cross.norm_q, &dcq_blnh.flatten_from(2)?)?;
+        drop((dcq_blnh, cq_bld));
+        let SelfAttention { qkv, attn, o } = self_attn;
+        let x1_bld = self.gated(&x_bld, &o.y, &mods.get(GATE_SA)?)?;
+        let o_h = o.h;
+        drop(o.y);
         let h3_bld = self.norm3(w, &x1_bld)?;
-        let dh3_bld = self.linear_backward("cross_attn.q", &cross.q, &h3_bld, p.cross_q.h.as_ref(), &dcq_bld, sink)?;
-        drop((h3_bld, dcq_bld, p.cross_q));
+        let dh3_bld = self.linear_backward("cross_attn.q", &cross.q, &h3_bld, cq_h.as_ref(), &dcq_bld, sink)?;
+        drop((h3_bld, dcq_bld, cq_h));
         let dx1_bld = self.norm3_backward(w, &x1_bld, &dh3_bld, &dx2_bld)?;
         drop((x1_bld, dx2_bld, dh3_bld));
 
         // x1 = x + gate · o(attention(rope q, rope k, v))
         let sa = &w.self_attn;
         let da_bld = self.gate_backward(&dx1_bld, &mods.get(GATE_SA)?)?;
-        let o_bld = self.tokens(&p.attn.o_blnh)?;
-        let do_bld = self.linear_backward("self_attn.o", &sa.o, &o_bld, p.o.h.as_ref(), &da_bld, sink)?;
-        drop((da_bld, o_bld, p.o));
-        let (q_blnh, k_blnh, v_blnh) =
-            (self.rope(&p.q.y, &sa.norm_q)?, self.rope(&p.k.y, &sa.norm_k)?, self.heads(&p.v.y)?);
-        let d = self.attend_backward([&q_blnh, &k_blnh, &v_blnh], &p.attn, &self.heads(&do_bld)?)?;
-        drop((q_blnh, k_blnh, v_blnh, do_bld, p.attn));
-        let dq_bld = self.rope_backward(&p.q.y, &sa.norm_q, &d.dq_blnh)?;
-        let dk_bld = self.rope_backward(&p.k.y, &sa.norm_k, &d.dk_bmnh)?;
-        let dv_bld = d.dv_bmnh.flatten_from(2)?;
+        let o_bld = self.tokens(&attn.o_blnh)?;
+        let do_bld = self.linear_backward("self_attn.o", &sa.o, &o_bld, o_h.as_ref(), &da_bld, sink)?;
+        drop((da_bld, o_bld, o_h));
         let h1_bld = self.modulated(&x_bld, &mods, SHIFT_SA, SCALE_SA)?;
+        let [q, k, v] = match qkv {
+            Some(qkv) => qkv,
+            None => self.qkv(w, &h1_bld)?,
+        };
+        let rotated = self.rotated(w, [&q.y, &k.y, &v.y])?;
+        let d = self.attend_backward(rotated.each_ref(), &attn, &self.heads(&do_bld)?)?;
+        drop((rotated, do_bld, attn, v.y));
+        let dq_bld = self.rope_backward(&q.y, &sa.norm_q, &d.dq_blnh)?;
+        let dk_bld = self.rope_backward(&k.y, &sa.norm_k, &d.dk_bmnh)?;
+        let dv_bld = d.dv_bmnh.flatten_from(2)?;
+        drop((q.y, k.y, d));
         let branches = [
-            ("self_attn.q", &sa.q, p.q.h, dq_bld),
-            ("self_attn.k", &sa.k, p.k.h, dk_bld),
-            ("self_attn.v", &sa.v, p.v.h, dv_bld),
+            ("self_attn.q", &sa.q, q.h, dq_bld),
+            ("self_attn.k", &sa.k, k.h, dk_bld),
+            ("self_attn.v", &sa.v, v.h, dv_bld),
         ];
         if !need_dx {
             for (name, frozen, h, dy_bld) in branches {
@@ -235,5 +302,23 @@ impl Block<'_> {
         }
         drop(h1_bld);
         dh1_bld.map(|dh1_bld| self.modulated_backward(&x_bld, &mods, SCALE_SA, &dh1_bld, &dx1_bld)).transpose()
+    }
+
+    /// The block's parts computed a second time, and the stream before the feed-forward part. The same operations on
+    /// the same inputs as in forward give the same bits.
+    fn again(
+        &self,
+        w: &BlockWeights,
+        mods: &Modulation,
+        x_bld: &Tensor,
+        attn: Option<AttnOut>,
+    ) -> Result<(SelfAttention, CrossAttention, Tensor, FeedForward)> {
+        let mut probe = Probe::off();
+        let (self_attn, x1_bld) = self.self_attention(w, mods, x_bld, attn, &mut probe)?;
+        let (cross_attn, cross_bld) = self.cross_attention(w, &x1_bld, &mut probe)?;
+        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        drop((x1_bld, cross_bld));
+        let ffn = self.feed_forward(w, mods, &x2_bld)?;
+        Ok((self_attn, cross_attn, x2_bld, ffn))
     }
 }

@@ -10,7 +10,7 @@ use super::block::{Block, Context};
 use super::embed::{self, TimeEmbedding};
 use super::head::Head;
 use super::probe::Probe;
-use super::saved::BlockSaved;
+use super::saved::Stored;
 use super::{rope, GradSink, Numerics, Pass, SavePlan, Tap, Timesteps, WanInputs, WanWeights, WeightProvider};
 use crate::adapter::Adapters;
 use crate::arch::WanArch;
@@ -30,7 +30,7 @@ pub struct WanModel {
 pub struct Saved {
     cx: Context,
     /// From block `first` on.
-    blocks: Vec<BlockSaved>,
+    blocks: Vec<Stored>,
     first: usize,
     /// The stream after the last block, `[b, l, d]`.
     x_bld: Tensor,
@@ -39,7 +39,7 @@ pub struct Saved {
 impl Saved {
     /// Bytes that each block keeps, from the lowest trained one on.
     pub fn block_bytes(&self) -> Vec<usize> {
-        self.blocks.iter().map(BlockSaved::bytes).collect()
+        self.blocks.iter().map(Stored::bytes).collect()
     }
 }
 
@@ -130,7 +130,8 @@ impl WanModel {
             let index = first + kept.len();
             let w = blocks.acquire(index, Pass::Backward)?;
             let block = self.block(index, exec, &cx, adapters);
-            match block.backward(&w, block_saved, dx_bld, index > first, sink)? {
+            let mut prefetch = || kept.last_mut().map_or(Ok(()), Stored::prefetch);
+            match block.backward(&w, block_saved.restore()?, dx_bld, index > first, sink, &mut prefetch)? {
                 Some(dx) => dx_bld = dx,
                 None => break,
             }

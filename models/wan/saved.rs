@@ -1,8 +1,10 @@
-//! What one block keeps between forward and backward, by policy.
+//! What one block keeps between forward and backward, by policy, and where it waits.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use wan_kernels::offload::Offloaded;
+use wan_kernels::Exec;
 
-use super::{BlockPlan, Home, SavePolicy};
+use super::Home;
 use crate::linear::LinearOut;
 use crate::Result;
 
@@ -14,21 +16,22 @@ pub(super) struct AttnOut {
     pub lse_bnl: Tensor,
 }
 
-/// The results of a block's matrix products and attentions. Norms, rotation, GELU and gates are single passes over
-/// these and are applied again in backward, which halves what "keep all" keeps.
-pub(super) struct Products {
-    pub q: LinearOut,
-    pub k: LinearOut,
-    pub v: LinearOut,
+/// The self-attention part. Norms, rotation, GELU and gates are single passes over the products here and below, and
+/// are applied again in backward, which halves what "keep all" keeps.
+pub(super) struct SelfAttention {
+    /// Outputs of q, k and v; missing where attention was kept: backward then needs them last, and makes them then.
+    pub qkv: Option<[LinearOut; 3]>,
     pub attn: AttnOut,
     pub o: LinearOut,
-    pub cross_q: LinearOut,
+}
+
+/// The cross-attention part.
+pub(super) struct CrossAttention {
+    pub q: LinearOut,
     pub text: KeyValue,
     pub image: Option<KeyValue>,
-    pub cross_o: LinearOut,
-    pub ffn_0: LinearOut,
-    /// The low-rank activation of `ffn.2`; its output is not needed. Not computed when the block is computed again.
-    pub ffn_2_h: Option<Tensor>,
+    /// The low-rank activation of the output linear.
+    pub o_h: Option<Tensor>,
 }
 
 /// Keys, values and attention over one kind of context.
@@ -36,6 +39,22 @@ pub(super) struct KeyValue {
     pub k: LinearOut,
     pub v: LinearOut,
     pub attn: AttnOut,
+}
+
+/// The feed-forward part.
+pub(super) struct FeedForward {
+    pub first: LinearOut,
+    /// The low-rank activation of `ffn.2`; its output is not needed. Not computed when the block is computed again.
+    pub second_h: Option<Tensor>,
+}
+
+/// The results of all matrix products and attentions of a block.
+pub(super) struct Products {
+    pub self_attn: SelfAttention,
+    pub cross_attn: CrossAttention,
+    /// The output of cross-attention's last linear, `[b, l, d]`.
+    pub cross_bld: Tensor,
+    pub ffn: FeedForward,
 }
 
 /// One block between its passes.
@@ -51,86 +70,121 @@ pub(super) enum Kept {
     All(Box<Products>),
 }
 
-impl BlockSaved {
-    /// Drops what the policy does not keep, and moves the rest to where it waits.
-    pub fn new(x_bld: Tensor, products: Products, plan: BlockPlan) -> Result<Self> {
-        let kept = match plan.keep {
-            SavePolicy::Recompute => Kept::Nothing,
-            SavePolicy::KeepAttention => Kept::Attention(products.attn),
-            SavePolicy::KeepAll => Kept::All(Box::new(products)),
-        };
-        let saved = Self { x_bld, kept };
-        match plan.home {
-            Home::Device => Ok(saved),
-            Home::Host => saved.brought_to(&Device::Cpu),
+/// What is saved of one block, until backward wants it.
+pub(super) enum Stored {
+    Here(BlockSaved),
+    Away(Away),
+}
+
+/// Saved tensors in host memory.
+pub(super) struct Away {
+    /// What goes where: placeholders in the order of the tensors.
+    form: BlockSaved,
+    tensors: Offloaded,
+    bytes: usize,
+}
+
+impl Stored {
+    /// Moves what is saved to where it waits; the computing does not wait for that.
+    pub fn new(saved: BlockSaved, exec: &Exec, home: Home) -> Result<Self> {
+        if home == Home::Device {
+            return Ok(Stored::Here(saved));
+        }
+        let (bytes, placeholder) = (saved.bytes(), Tensor::zeros((), DType::U8, &Device::Cpu)?);
+        let mut tensors = Vec::new();
+        let form = saved.map(&mut |t| {
+            tensors.push(t.clone());
+            Ok(placeholder.clone())
+        })?;
+        drop(saved);
+        Ok(Stored::Away(Away { form, tensors: exec.offload(tensors)?, bytes }))
+    }
+
+    /// Starts bringing it back beside the computing.
+    pub fn prefetch(&mut self) -> Result<()> {
+        match self {
+            Stored::Here(_) => Ok(()),
+            Stored::Away(away) => Ok(away.tensors.prefetch()?),
         }
     }
 
-    /// Where it already is, nothing is copied.
-    pub fn brought_to(self, device: &Device) -> Result<Self> {
-        let kept = match self.kept {
-            Kept::Nothing => Kept::Nothing,
-            Kept::Attention(attn) => Kept::Attention(attn.to_device(device)?),
-            Kept::All(products) => Kept::All(Box::new(products.to_device(device)?)),
-        };
-        Ok(Self { x_bld: self.x_bld.to_device(device)?, kept })
+    /// What was saved, on the computing device.
+    pub fn restore(self) -> Result<BlockSaved> {
+        match self {
+            Stored::Here(saved) => Ok(saved),
+            Stored::Away(Away { form, tensors, .. }) => {
+                let mut tensors = tensors.restore()?.into_iter();
+                form.map(&mut |placeholder| Ok(tensors.next().unwrap_or_else(|| placeholder.clone())))
+            }
+        }
+    }
+
+    /// Bytes of what is kept; a plan's prices are held against it.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Stored::Here(saved) => saved.bytes(),
+            Stored::Away(away) => away.bytes,
+        }
     }
 }
 
+type Change<'a> = &'a mut dyn FnMut(&Tensor) -> Result<Tensor>;
+
 impl BlockSaved {
-    /// Bytes of what is kept; a plan's prices are held against it.
-    pub fn bytes(&self) -> usize {
-        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        let linear = |l: &LinearOut| size(&l.y) + l.h.as_ref().map_or(0, size);
-        let attention = |a: &AttnOut| size(&a.o_blnh) + size(&a.lse_bnl);
-        let cross = |c: &KeyValue| linear(&c.k) + linear(&c.v) + attention(&c.attn);
+    /// The same with every tensor put through `f`, in an order that depends on the structure alone.
+    fn map(&self, f: Change) -> Result<Self> {
+        let x_bld = f(&self.x_bld)?;
         let kept = match &self.kept {
-            Kept::Nothing => 0,
-            Kept::Attention(attn) => attention(attn),
-            Kept::All(p) => {
-                let linears = [&p.q, &p.k, &p.v, &p.o, &p.cross_q, &p.cross_o, &p.ffn_0].map(linear);
-                linears.iter().sum::<usize>()
-                    + attention(&p.attn)
-                    + cross(&p.text)
-                    + p.image.as_ref().map_or(0, cross)
-                    + p.ffn_2_h.as_ref().map_or(0, size)
-            }
+            Kept::Nothing => Kept::Nothing,
+            Kept::Attention(attn) => Kept::Attention(attn.map(f)?),
+            Kept::All(products) => Kept::All(Box::new(products.map(f)?)),
         };
-        size(&self.x_bld) + kept
+        Ok(Self { x_bld, kept })
+    }
+
+    fn bytes(&self) -> usize {
+        let mut bytes = 0;
+        let counted = self.map(&mut |t| {
+            bytes += t.elem_count() * t.dtype().size_in_bytes();
+            Ok(t.clone())
+        });
+        debug_assert!(counted.is_ok(), "counting cannot fail");
+        bytes
     }
 }
 
 impl AttnOut {
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { o_blnh: self.o_blnh.to_device(device)?, lse_bnl: self.lse_bnl.to_device(device)? })
+    fn map(&self, f: Change) -> Result<Self> {
+        Ok(Self { o_blnh: f(&self.o_blnh)?, lse_bnl: f(&self.lse_bnl)? })
     }
 }
 
 impl KeyValue {
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { k: moved(&self.k, device)?, v: moved(&self.v, device)?, attn: self.attn.to_device(device)? })
+    fn map(&self, f: Change) -> Result<Self> {
+        Ok(Self { k: mapped(&self.k, f)?, v: mapped(&self.v, f)?, attn: self.attn.map(f)? })
     }
 }
 
 impl Products {
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self {
-            q: moved(&self.q, device)?,
-            k: moved(&self.k, device)?,
-            v: moved(&self.v, device)?,
-            attn: self.attn.to_device(device)?,
-            o: moved(&self.o, device)?,
-            cross_q: moved(&self.cross_q, device)?,
-            text: self.text.to_device(device)?,
-            image: self.image.as_ref().map(|i| i.to_device(device)).transpose()?,
-            cross_o: moved(&self.cross_o, device)?,
-            ffn_0: moved(&self.ffn_0, device)?,
-            ffn_2_h: self.ffn_2_h.as_ref().map(|h| h.to_device(device)).transpose()?,
-        })
+    fn map(&self, f: Change) -> Result<Self> {
+        let Self { self_attn, cross_attn, cross_bld, ffn } = self;
+        let qkv = match &self_attn.qkv {
+            Some([q, k, v]) => Some([mapped(q, f)?, mapped(k, f)?, mapped(v, f)?]),
+            None => None,
+        };
+        let self_attn = SelfAttention { qkv, attn: self_attn.attn.map(f)?, o: mapped(&self_attn.o, f)? };
+        let cross_attn = CrossAttention {
+            q: mapped(&cross_attn.q, f)?,
+            text: cross_attn.text.map(f)?,
+            image: cross_attn.image.as_ref().map(|i| i.map(f)).transpose()?,
+            o_h: cross_attn.o_h.as_ref().map(&mut *f).transpose()?,
+        };
+        let cross_bld = f(cross_bld)?;
+        let ffn = FeedForward { first: mapped(&ffn.first, f)?, second_h: ffn.second_h.as_ref().map(&mut *f).transpose()? };
+        Ok(Self { self_attn, cross_attn, cross_bld, ffn })
     }
 }
 
-fn moved(l: &LinearOut, device: &Device) -> Result<LinearOut> {
-    let h = l.h.as_ref().map(|h| h.to_device(device)).transpose()?;
-    Ok(LinearOut { y: l.y.to_device(device)?, h })
+fn mapped(l: &LinearOut, f: Change) -> Result<LinearOut> {
+    Ok(LinearOut { y: f(&l.y)?, h: l.h.as_ref().map(f).transpose()? })
 }
