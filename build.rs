@@ -9,6 +9,7 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
+    println!("cargo:rustc-env=WAN_COMMIT={}", commit());
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     let Some(home) = env::var_os("CUDA_HOME").map(PathBuf::from) else { return };
     let (libraries, stubs) = (home.join("lib64"), home.join("lib64/stubs"));
@@ -23,6 +24,19 @@ fn main() {
         // Nothing is taken from the placeholder, so the linker would leave the driver out.
         println!("cargo:rustc-link-arg=-Wl,--push-state,--no-as-needed,-lcuda,--pop-state");
     }
+}
+
+/// The commit that is built, for rows of measurements; empty outside a clone.
+fn commit() -> String {
+    let git = |args: &[&str]| {
+        let out = std::process::Command::new("git").args(args).output().ok().filter(|o| o.status.success());
+        out.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default()
+    };
+    let log = git(&["rev-parse", "--git-path", "logs/HEAD"]);
+    if fs::exists(&log).unwrap_or(false) {
+        println!("cargo:rerun-if-changed={log}");
+    }
+    git(&["rev-parse", "--short", "HEAD"])
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {

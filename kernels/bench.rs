@@ -89,7 +89,7 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
         rows.push(time::<LinearBackward>(exec, gpu, case(&what), &args, runs)?);
         if o.min(i) < 256 {
             rows.push(time::<LinearWeightGrad>(exec, gpu, case(&what), &LinearWeightGradArgs { x, dy }, runs)?);
-            let args = LinearAddArgs { x, weight_oi, base: dy, out: compute };
+            let args = LinearAddArgs { x, weight_oi, base: dy.copy()?, out: compute };
             rows.push(time::<LinearAdd>(exec, gpu, case(&what), &args, runs)?);
         } else {
             let weight = fp8::Weight::quantize(weight_oi, fp8::Granularity::Block)?;

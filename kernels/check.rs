@@ -199,9 +199,9 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
             let run = |out| p.exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: Some(&bias_o), out });
             let dx = p.exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi, out: p.held })?;
             let dw = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x, dy })?;
-            let add = p.exec.run::<LinearAdd>(&LinearAddArgs { x, weight_oi, base: &base, out: p.held })?;
+            let add = p.exec.run::<LinearAdd>(&LinearAddArgs { x, weight_oi, base, out: p.held })?;
             let base_i = p.normal(6, &[1, t, i])?;
-            let args = LinearBackwardAddArgs { dy, weight_oi, base: &base_i, out: p.held };
+            let args = LinearBackwardAddArgs { dy, weight_oi, base: base_i, out: p.held };
             let back_add = p.exec.run::<LinearBackwardAdd>(&args)?;
             Ok(vec![run(p.held)?, run(DType::F32)?, dx, dw, add, back_add])
         })?;

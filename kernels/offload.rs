@@ -11,7 +11,10 @@ use crate::{Exec, Result};
 pub struct Offloaded(Place);
 
 enum Place {
-    Host { tensors: Vec<Tensor>, device: Device },
+    Host {
+        tensors: Vec<Tensor>,
+        device: Device,
+    },
     #[cfg(feature = "cuda")]
     Card(Stashed),
 }

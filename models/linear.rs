@@ -140,7 +140,7 @@ impl Site<'_> {
         match &self.adapter {
             None => Ok(LinearOut { y, h: None }),
             Some(adapter) => {
-                let (y, h) = adapter.forward(self.exec, x_bli, &y)?;
+                let (y, h) = adapter.forward(self.exec, x_bli, y)?;
                 Ok(LinearOut { y, h })
             }
         }
@@ -155,11 +155,9 @@ impl Site<'_> {
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
         let dx_bli = self.frozen.backward(self.exec, dy_blo, self.exec.compute())?;
-        let both = match &self.adapter {
-            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, Some(&dx_bli), sink)?,
-            None => None,
-        };
-        Ok(both.unwrap_or(dx_bli))
+        let Some(adapter) = &self.adapter else { return Ok(dx_bli) };
+        let both = adapter.backward(self.exec, x_bli, h, dy_blo, Some(dx_bli), sink)?;
+        both.ok_or_else(|| Error::Invalid { model: "linear", what: "an adapter lost the gradient of its input".into() })
     }
 
     /// The adapter's gradients alone, where nothing below the input is trained.

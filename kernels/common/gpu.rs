@@ -29,6 +29,9 @@ const NAME: &str = "gpu";
 /// The first card with bf16 tensor cores and asynchronous copies to shared memory.
 const OLDEST: (i32, i32) = (8, 0);
 
+/// An op, and the events before and behind it.
+type Timed = (&'static str, CudaEvent, CudaEvent);
+
 /// A card; clones share it.
 #[derive(Clone)]
 pub struct Gpu(Arc<Inner>);
@@ -44,7 +47,7 @@ struct Inner {
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     blas: Blas,
     scratch: Mutex<HashMap<&'static str, CudaSlice<u8>>>,
-    profile: Mutex<Option<Vec<(&'static str, CudaEvent, CudaEvent)>>>,
+    profile: Mutex<Option<Vec<Timed>>>,
 }
 
 /// What a card is.
@@ -420,6 +423,11 @@ impl View {
         }
         let tensor = tensor.copy()?;
         Ok(View { address: tensor_address(op, &tensor)?, dtype: tensor.dtype(), _tensor: tensor })
+    }
+
+    /// Whether `new` takes the tensor as it is.
+    pub fn direct(op: &'static str, t: &Tensor) -> Result<bool> {
+        Ok(t.is_contiguous() && tensor_address(op, t)? % 16 == 0)
     }
 
     fn dtype_code(&self) -> u64 {

@@ -74,7 +74,7 @@ impl Op for GateResidual {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &GateResidualArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        if a.y_bld.dims()[2] % 8 != 0 {
+        if !a.y_bld.dims()[2].is_multiple_of(8) {
             return Self::reference(a, compute);
         }
         cuda::gate(Self::NAME, gpu, Some(a.x_bld), a.y_bld, a.gate, a.out)
@@ -105,7 +105,7 @@ impl Op for GateResidualBackward {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &GateResidualBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        if a.dout_bld.dims()[2] % 8 != 0 {
+        if !a.dout_bld.dims()[2].is_multiple_of(8) {
             return Self::reference(a, compute);
         }
         cuda::gate(Self::NAME, gpu, None, a.dout_bld, a.gate, a.out)

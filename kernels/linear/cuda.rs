@@ -21,6 +21,7 @@ pub(super) struct Times<'a> {
     /// The product is with `weightᵀ`: [.., i] to [.., o].
     pub transposed: bool,
     pub bias: Option<&'a Tensor>,
+    /// The result is written over it where dtype and layout allow.
     pub add: Option<&'a Tensor>,
     pub out: DType,
 }
@@ -34,7 +35,11 @@ pub(super) fn times(gpu: &Gpu, t: &Times<'_>, compute: DType) -> Result<Tensor> 
     let (inner, columns) = if t.transposed { (i, o) } else { (o, i) };
     let mut shape = t.left.dims().to_vec();
     shape[t.left.rank() - 1] = columns;
-    let y = gpu.empty(shape, result)?;
+    // Each element is read once, by the thread that writes it.
+    let y = match t.add {
+        Some(add) if add.dtype() == result && t.out == result && View::direct(t.op, add)? => add.clone(),
+        _ => gpu.empty(shape, result)?,
+    };
     let left = operand(gpu, t.op, t.left, compute)?;
     let (weight, address) = match t.weight_oi {
         Weight::Dense(w) => {

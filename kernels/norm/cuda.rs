@@ -25,7 +25,7 @@ const CHUNKS: [usize; 5] = [1, 2, 3, 5, 8];
 
 /// Whether a kernel takes rows of `d` (and heads of `h`).
 pub(super) fn fits(d: usize, h: Option<usize>) -> bool {
-    d % 8 == 0 && d <= 1024 * CHUNKS[4] && h.is_none_or(|h| h % 8 == 0)
+    d.is_multiple_of(8) && d <= 1024 * CHUNKS[4] && h.is_none_or(|h| h.is_multiple_of(8))
 }
 
 /// Rows that share one vector: 0 for all.

@@ -32,7 +32,7 @@ impl<'a> Active<'a> {
     }
 
     /// `y + Δy` `[B, L, o]` from the base's `y`, and for a LoRA the low-rank activation that backward can use.
-    pub fn forward(&self, exec: &Exec, x_bli: &Tensor, y_blo: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    pub fn forward(&self, exec: &Exec, x_bli: &Tensor, y_blo: Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let delta = match self.adapter {
             Adapter::Lora(a) => {
                 let (y, h) = a.forward(&self.at(exec), x_bli, y_blo)?;
@@ -41,7 +41,7 @@ impl<'a> Active<'a> {
             Adapter::Loha(a) => a.forward(&self.at(exec), x_bli)?,
             Adapter::Lokr(a) => a.forward(&self.at(exec), x_bli)?,
         };
-        Ok((add(exec, y_blo, &delta)?, None))
+        Ok((add(exec, &y_blo, &delta)?, None))
     }
 
     /// `h` is what forward returned; where it was not kept it is computed again, to the same bits. With `dx_bli`, the
@@ -52,7 +52,7 @@ impl<'a> Active<'a> {
         x_bli: &Tensor,
         h: Option<&Tensor>,
         dy_blo: &Tensor,
-        dx_bli: Option<&Tensor>,
+        dx_bli: Option<Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Option<Tensor>> {
         let at = self.at(exec);
@@ -68,8 +68,8 @@ impl<'a> Active<'a> {
             Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, dx_bli.is_some(), sink)?,
         };
         match (dx_bli, share) {
-            (Some(dx), Some(share)) => Ok(Some(add(exec, dx, &share)?)),
-            _ => Ok(None),
+            (Some(dx), Some(share)) => Ok(Some(add(exec, &dx, &share)?)),
+            (dx, _) => Ok(dx),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::Result;
 impl Lora {
     /// `x` `[B, L, i]` and the base's `y` `[B, L, o]` -> `y + Δy` in the compute dtype, and what backward needs:
     /// `scale · mask · down(x)`, `[B, L, r]` (`r` may be filled up with zeros, see [`low_rank`]).
-    pub fn forward(&self, at: &At, x_bli: &Tensor, y_blo: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn forward(&self, at: &At, x_bli: &Tensor, y_blo: Tensor) -> Result<(Tensor, Tensor)> {
         let (down, up) = self.operands(at)?;
         let h_blr = self.down_scaled_with(at, &down, x_bli)?;
         let args = LinearAddArgs { x: &h_blr, weight_oi: &up, base: y_blo, out: at.exec.compute() };
@@ -37,7 +37,7 @@ impl Lora {
         x_bli: &Tensor,
         h_blr: &Tensor,
         dy_blo: &Tensor,
-        dx_bli: Option<&Tensor>,
+        dx_bli: Option<Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Option<Tensor>> {
         let (exec, out, rank) = (at.exec, at.exec.compute(), self.down.dim(0)?);

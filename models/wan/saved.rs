@@ -180,7 +180,8 @@ impl Products {
             o_h: cross_attn.o_h.as_ref().map(&mut *f).transpose()?,
         };
         let cross_bld = f(cross_bld)?;
-        let ffn = FeedForward { first: mapped(&ffn.first, f)?, second_h: ffn.second_h.as_ref().map(&mut *f).transpose()? };
+        let ffn =
+            FeedForward { first: mapped(&ffn.first, f)?, second_h: ffn.second_h.as_ref().map(&mut *f).transpose()? };
         Ok(Self { self_attn, cross_attn, cross_bld, ffn })
     }
 }

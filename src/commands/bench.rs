@@ -54,17 +54,16 @@ mod on_card {
     use crate::checkpoint::Identity;
     use crate::cli::{BenchOptions, BenchWhat};
     use crate::commands::job::Job;
-    use crate::config::{Layer, Typed};
+    use crate::commands::plan::{wishes, Room};
+    use crate::config::Typed;
     use crate::error::UserError;
-    use crate::plan::{self, available_ram, Budget, RunShape, Target, Wishes};
+    use crate::plan::{self, RunShape, Target};
     use crate::residency::{Residency, ResidencySpec};
     use crate::train::{Items, MicroStep, Observer, Parts, TrainSettings, Trainer};
 
     const GIB: f64 = (1u64 << 30) as f64;
     /// Rows of a prompt of usual length.
     const TEXT_ROWS: usize = 120;
-    /// Memory that plans leave to the driver and other programs.
-    const MARGIN: u64 = 1 << 30;
 
     pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
         let mut default = |name: &'static str, words: &[&str]| {
@@ -194,7 +193,6 @@ mod on_card {
         let [w, h, f] = super::pixels(&options.case)?;
         let shape = latent([w, h, f]);
         let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
-        let typed = |name: &str| job.resolved.origin.get(name).is_some_and(|layer| *layer != Layer::Default);
         let work = plan::Job::from_config(
             &job.config,
             arch,
@@ -207,16 +205,8 @@ mod on_card {
                 sites: select(arch, &settings.network.patterns)?,
             },
         );
-        let free = gpu.memory()?.free.saturating_sub(MARGIN);
-        let device = job.config.vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
-        let budget = Budget { device, host: available_ram().unwrap_or(u64::MAX) };
-        let wishes = Wishes {
-            blocks_to_swap: typed("blocks_to_swap").then_some(job.config.blocks_to_swap),
-            ring_size: typed("block_swap_ring_size").then_some(job.config.block_swap_ring_size),
-            recompute: job.config.gradient_checkpointing,
-            offload: job.config.gradient_checkpointing_cpu_offload,
-        };
-        let planned = plan::choose(&work, budget, wishes)
+        let room = Room::on(exec, job.config.vram_budget)?;
+        let planned = plan::choose(&work, room.budget, wishes(job, &job.config), &room.rates)
             .map_err(|s| UserError::new(format!("this case does not fit:\n{}{s}", s.memory)))?;
         if !options.json {
             println!("{planned}");
@@ -294,7 +284,8 @@ mod on_card {
             "host_saved": planned.arrangement.saving.iter().filter(|b| b.home == wan_models::wan::Home::Host).count(),
             "steps": sorted.len(), "s_per_step": median, "s_min": least, "s_max": most, "first_step_s": watch.seconds[0],
             "tokens": tokens, "tokens_per_s": tokens as f64 / median, "tflops": tflop / median,
-            "peak_gib": peak, "planned_gib": plan_gib, "prepare_s": prepared,
+            "peak_gib": peak, "planned_gib": plan_gib, "planned_s": planned.step_seconds, "prepare_s": prepared,
+            "pinned_gib": gpu.stash_bytes() as f64 / GIB, "commit": env!("WAN_COMMIT"),
             "losses": watch.losses, "skipped": watch.skipped,
             "ms_by_op": classes.iter().map(|(op, calls, ms)| json!([op, calls, ms])).collect::<Vec<_>>(),
         });
@@ -309,7 +300,8 @@ mod on_card {
             tokens as f64 / median,
             tflop / median
         );
-        println!("peak memory in tensors: {peak:.2} GiB, planned {plan_gib:.2} GiB with everything");
+        println!("peak memory in tensors: {peak:.2} GiB, planned {plan_gib:.2} GiB");
+        gpu.stash_unpinned().iter().for_each(|why| println!("note: host memory is not pinned: {why}"));
         println!("losses: {:?}", watch.losses);
         for (op, calls, ms) in classes {
             println!("{op:32} {calls:6} calls {ms:10.1} ms");

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use safetensors::Dtype;
+use wan_kernels::Exec;
 use wan_models::wan::SavePlan;
 
 use super::cache::Prepared;
@@ -13,7 +14,8 @@ use crate::cache::{BucketKey, CacheIndex, LatentGeometry};
 use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
 use crate::loader::{checkpoint_dtype, Source};
-use crate::plan::{self, available_ram, Budget, Plan, RunShape, Target, Wishes};
+use crate::plan::{self, available_ram, Budget, Card, Plan, Rates, RunShape, Target, Wishes};
+use crate::residency::ResidencySpec;
 use crate::train::TrainSettings;
 
 /// Pixels of the bucket that is planned for where there is no dataset: 720p, 21 frames.
@@ -31,7 +33,7 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
     };
     // Without the file the published 16-bit checkpoints are assumed.
     let source = weights::open_dit(job).ok();
-    let plan = planned(job, &job.config, &settings, (bucket, batch), source.as_ref())?;
+    let plan = planned(job, &job.config, &settings, &Room::asked(job)?, (bucket, batch), source.as_ref())?;
     println!("{}", plan.table());
     Ok(ExitCode::SUCCESS)
 }
@@ -41,11 +43,12 @@ pub fn for_training(
     job: &Job,
     config: &RunConfig,
     settings: &TrainSettings,
+    exec: &Exec,
     index: &CacheIndex,
     source: &Source,
 ) -> anyhow::Result<Planned> {
     let buckets = index.buckets.iter().map(|b| (b.key, b.batch_size.min(b.entries.len())));
-    planned(job, config, settings, largest(buckets)?, Some(source))
+    planned(job, config, settings, &Room::on(exec, config.vram_budget)?, largest(buckets)?, Some(source))
 }
 
 /// A plan that fits, and for what.
@@ -64,9 +67,119 @@ impl Planned {
         )
     }
 
+    /// Lines that hold the measured peak against the plan; none on the CPU.
+    pub fn measured(&self, exec: &Exec) -> Vec<String> {
+        #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+        let mut lines = Vec::new();
+        #[cfg(feature = "cuda")]
+        if let Exec::Cuda { gpu, .. } = exec {
+            let (planned, peak) = (self.plan.memory.device(), gpu.memory().map_or(0, |m| m.peak));
+            lines.push(format!("peak device memory: {} GiB, planned {} GiB", plan::gib(peak), plan::gib(planned)));
+            lines.extend(gpu.stash_unpinned().map(|why| {
+                format!("note: host memory for saved activations could not be pinned ({why}): copies are slower")
+            }));
+        }
+        let _ = exec;
+        lines
+    }
+
+    /// An error of the run; where the card was out of memory, with what was planned and what there was.
+    pub fn explain(&self, exec: &Exec, e: anyhow::Error) -> anyhow::Error {
+        let text = format!("{e:#}");
+        let out_of_memory = ["OUT_OF_MEMORY", "out of memory"].iter().any(|sign| text.contains(sign));
+        #[cfg(feature = "cuda")]
+        if let (true, Exec::Cuda { gpu, .. }) = (out_of_memory, exec) {
+            let planned = self.plan.memory.device();
+            let now = gpu.memory().map(|m| {
+                let [used, peak, free] = [m.used, m.peak, m.free].map(plan::gib);
+                format!("{used} GiB in tensors now, {peak} GiB at most, {free} GiB free for anybody")
+            });
+            let now = now.unwrap_or_else(|e| e.to_string());
+            return UserError::new(format!(
+                "the card is out of memory: {} GiB were planned; {now}\n{}",
+                plan::gib(planned),
+                self.plan.memory
+            ))
+            .hint(format!(
+                "close what else uses the card, or plan for less: --vram_budget {:.1}; the last checkpoint is good",
+                planned as f64 / GIB * 0.9
+            ))
+            .into();
+        }
+        let _ = (exec, out_of_memory);
+        e
+    }
+
+    /// How the blocks' weights are held.
+    pub fn residency(&self) -> ResidencySpec {
+        let a = &self.plan.arrangement;
+        ResidencySpec { blocks_to_swap: a.blocks_to_swap as usize, ring_size: a.ring_size as usize }
+    }
+
     /// What each block keeps between the passes.
     pub fn save_plan(&self) -> SavePlan {
         SavePlan::per_block(self.plan.arrangement.saving.clone())
+    }
+}
+
+/// Where a run computes, what it may use there, and how fast that is.
+pub struct Room {
+    pub target: Target,
+    pub budget: Budget,
+    pub rates: Rates,
+}
+
+/// Device memory that is left to the driver, the desktop and fragmentation.
+const MARGIN: u64 = 512 << 20;
+
+impl Room {
+    /// What there is on the device that `exec` computes on; a `--vram_budget` in GiB lowers it.
+    pub fn on(exec: &Exec, vram_budget: Option<f64>) -> anyhow::Result<Self> {
+        let ram = available_ram().unwrap_or(u64::MAX);
+        // Pinned memory cannot be swapped out: some is left to everybody else.
+        let host = ram / 10 * 7;
+        #[cfg(feature = "cuda")]
+        if let Exec::Cuda { gpu, .. } = exec {
+            let free = gpu.memory()?.free.saturating_sub(MARGIN);
+            let device = vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
+            let rates = Card::find(&gpu.card().name).map_or_else(Rates::default, |card| card.rates());
+            return Ok(Self { target: Target::Cuda, budget: Budget { device, host }, rates });
+        }
+        let _ = (exec, vram_budget);
+        Ok(Self { target: Target::Cpu, budget: Budget { device: ram, host }, rates: Rates::default() })
+    }
+
+    /// The same for planning only: a budget for a card is a question about a card, also on a machine that has none.
+    fn asked(job: &Job) -> anyhow::Result<Self> {
+        let exec = match job.config.device.as_str() {
+            "cuda" => job.exec().unwrap_or_else(|_| Exec::cpu()),
+            _ => job.exec()?,
+        };
+        let room = Self::on(&exec, job.config.vram_budget)?;
+        let gib = match (room.target, job.config.vram_budget) {
+            (Target::Cuda, _) => return Ok(room),
+            (Target::Cpu, Some(gib)) => gib,
+            (Target::Cpu, None) if job.config.device == "cuda" => {
+                Card::find("").map_or(24.0, |card| card.memory_gib) - MARGIN as f64 / GIB
+            }
+            (Target::Cpu, None) => return Ok(room),
+        };
+        let budget = Budget { device: (gib * GIB) as u64, host: room.budget.host };
+        Ok(Self { target: Target::Cuda, budget, rates: Rates::default() })
+    }
+}
+
+/// What of the arrangement the user has fixed.
+pub fn wishes(job: &Job, config: &RunConfig) -> Wishes {
+    let typed = |name: &str| job.resolved.origin.get(name).is_some_and(|layer| *layer != Layer::Default);
+    let asked = |name: &str| matches!(job.resolved.origin.get(name), Some(Layer::Flag | Layer::File(_)));
+    Wishes {
+        blocks_to_swap: typed("blocks_to_swap").then_some(config.blocks_to_swap),
+        ring_size: typed("block_swap_ring_size").then_some(config.block_swap_ring_size),
+        // Templates always set checkpointing, since the old trainer had no other way to fit: theirs is a permission. A
+        // user's is an order.
+        recompute: config.gradient_checkpointing && asked("gradient_checkpointing"),
+        offload: config.gradient_checkpointing_cpu_offload,
     }
 }
 
@@ -74,18 +187,14 @@ fn planned(
     job: &Job,
     config: &RunConfig,
     settings: &TrainSettings,
+    room: &Room,
     (bucket, batch): (BucketKey, usize),
     source: Option<&Source>,
 ) -> anyhow::Result<Planned> {
     let geometry = geometry(job);
     let [_, f, h, w] = geometry.shape((bucket.width as u32, bucket.height as u32), bucket.frames);
-    // A budget for a card is a question about a card, also on a machine that has none.
-    let target = match config.vram_budget.is_some() || config.device == "cuda" {
-        true => Target::Cuda,
-        false => Target::Cpu,
-    };
     let shape = RunShape {
-        target,
+        target: room.target,
         checkpoint_bytes: match source.and_then(checkpoint_dtype) {
             Some(Dtype::F32) => 4,
             _ => 2,
@@ -96,21 +205,7 @@ fn planned(
         sites: select(&job.model.arch, &settings.network.patterns)?,
     };
     let work = plan::Job::from_config(config, &job.model.arch, &shape);
-    let ram = available_ram().unwrap_or(u64::MAX);
-    let device = match (target, config.vram_budget) {
-        (Target::Cuda, Some(gib)) => (gib * GIB) as u64,
-        _ => ram,
-    };
-    let typed = |name: &str| job.resolved.origin.get(name).is_some_and(|layer| *layer != Layer::Default);
-    let wishes = Wishes {
-        blocks_to_swap: typed("blocks_to_swap").then_some(config.blocks_to_swap),
-        ring_size: typed("block_swap_ring_size").then_some(config.block_swap_ring_size),
-        // Templates always ask for checkpointing, since the old trainer had no other way to fit; with a budget to plan
-        // for, recomputing is the planner's choice.
-        recompute: config.gradient_checkpointing && config.vram_budget.is_none(),
-        offload: config.gradient_checkpointing_cpu_offload,
-    };
-    match plan::choose(&work, Budget { device, host: ram }, wishes) {
+    match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => Ok(Planned { plan, bucket, batch }),
         Err(shortfall) => Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))
             .hint(

@@ -66,11 +66,11 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let mut settings = TrainSettings::from_config(&config, &job.model, seed)?;
     settings.save.state |= job.of_pair;
     settings.notes.iter().for_each(|note| say(&format!("note: {note}")));
-    let spec = ResidencySpec {
+    let typed = ResidencySpec {
         blocks_to_swap: config.blocks_to_swap as usize,
         ring_size: config.block_swap_ring_size as usize,
     };
-    spec.check(job.model.arch.num_layers)?;
+    typed.check(job.model.arch.num_layers)?;
 
     let index = CacheIndex::build(&mut prepared.survey)?;
     let checkpoints = Checkpoints::new(job, &config, prepared.dataset(), &index)?;
@@ -83,7 +83,8 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     };
 
     let source = weights::open_dit(job)?;
-    let plan = plan::for_training(job, &config, &settings, &index, &source)?;
+    let exec = job.exec()?;
+    let plan = plan::for_training(job, &config, &settings, &exec, &index, &source)?;
     say(&plan.table());
     let (rest, blocks) = weights::load(job, &config, &source)?;
     if job.stopped() {
@@ -91,11 +92,10 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
         return Ok(Ended::Stopped);
     }
 
-    let exec = job.exec()?;
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
     let rest = rest.map(&mut |t| Ok(t.to_device(exec.device())?))?;
     let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
-    let (residency, note) = Residency::on(&exec, blocks, spec)?;
+    let (residency, note) = Residency::on(&exec, blocks, plan.residency())?;
     note.iter().for_each(|note| say(&format!("note: {note}")));
     let save_plan = plan.save_plan();
     let parts = Parts { exec: &exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &index };
@@ -122,7 +122,9 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let mut watch = Watch::new(job, &config, resumed_after)?;
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();
-    Ok(conclude(job, &watch, outcome?))
+    let outcome = outcome.map_err(|e| plan.explain(&exec, e))?;
+    plan.measured(&exec).iter().for_each(|line| say(line));
+    Ok(conclude(job, &watch, outcome))
 }
 
 /// The configuration to go by, and the state to go on from. A resumed run keeps its names, so that it writes where it

@@ -6,6 +6,7 @@ use std::fmt;
 use wan_models::adapter::Kind;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 
+use super::cards::Rates;
 use super::device::Budget;
 use super::gib;
 use super::memory::{price, Arrangement, Job, Memory, Moments, Prices, Target, WeightForm};
@@ -27,6 +28,8 @@ pub struct Plan {
     pub arrangement: Arrangement,
     pub memory: Memory,
     pub budget: Budget,
+    /// Predicted seconds of a step on a card of the given rates.
+    pub step_seconds: f64,
 }
 
 /// Nothing fits.
@@ -39,24 +42,20 @@ pub struct Shortfall {
     pub remedies: Vec<String>,
 }
 
-/// Rates for comparing arrangements, of a 24 GB card on its usual bus. Only their ratio matters: a card twice as fast
-/// everywhere gets the same plan.
-const FLOPS: f64 = 120e12;
-const ATTENTION_FLOPS: f64 = 80e12;
-const BUS: f64 = 20e9;
-
-/// The fastest arrangement within the budget.
-pub fn choose(job: &Job, budget: Budget, wishes: Wishes) -> Result<Plan, Box<Shortfall>> {
+/// The fastest arrangement within the budget, on a card of these rates.
+pub fn choose(job: &Job, budget: Budget, wishes: Wishes, rates: &Rates) -> Result<Plan, Box<Shortfall>> {
     let mut best: Option<(f64, Plan)> = None;
     let prices = Prices::new(job);
-    for arrangement in candidates(job, wishes) {
-        let memory = prices.of(&arrangement);
-        if !fits(job, &memory, budget) {
-            continue;
-        }
-        let cost = extra_seconds(job, &arrangement);
+    let extra = Extra::new(job, rates);
+    for (blocks_to_swap, saving) in candidates(job, wishes) {
+        let ring_size = wishes.ring_size.unwrap_or(2);
+        let arrangement = Arrangement { blocks_to_swap, ring_size, saving };
+        let Some(arrangement) = with_homes(job, &prices, budget, wishes, arrangement) else { continue };
+        let cost = extra.seconds(&arrangement);
         if best.as_ref().is_none_or(|(least, _)| cost < *least) {
-            best = Some((cost, Plan { arrangement, memory, budget }));
+            let memory = prices.of(&arrangement);
+            let step_seconds = extra.step() + cost;
+            best = Some((cost, Plan { arrangement, memory, budget, step_seconds }));
         }
     }
     match best {
@@ -70,30 +69,52 @@ fn fits(job: &Job, memory: &Memory, budget: Budget) -> bool {
     memory.device() <= budget.device && host
 }
 
-/// Every arrangement worth pricing, simplest first: equal costs keep the earlier one.
-fn candidates(job: &Job, wishes: Wishes) -> impl Iterator<Item = Arrangement> + '_ {
+/// The arrangement with as few blocks as possible saving to host memory, the first ones: those wait longest.
+fn with_homes(job: &Job, prices: &Prices, budget: Budget, wishes: Wishes, a: Arrangement) -> Option<Arrangement> {
+    let layers = a.saving.len();
+    let away = |count: usize| {
+        let mut a = a.clone();
+        a.saving[..count].iter_mut().for_each(|plan| plan.home = Home::Host);
+        a
+    };
+    let fit = |count: usize| fits(job, &prices.of(&away(count)), budget);
+    let on_device = |count: usize| prices.of(&away(count)).device() <= budget.device;
+    if job.target == Target::Cpu || !wishes.offload && fit(0) {
+        return fit(0).then(|| away(0));
+    }
+    if wishes.offload || !on_device(layers) {
+        return fit(layers).then(|| away(layers));
+    }
+    // The device's share falls with every block that saves elsewhere.
+    let (mut too_few, mut enough) = (0, layers);
+    while enough - too_few > 1 {
+        let middle = (too_few + enough) / 2;
+        match on_device(middle) {
+            true => enough = middle,
+            false => too_few = middle,
+        }
+    }
+    fit(enough).then(|| away(enough))
+}
+
+/// Everything worth pricing, simplest first: equal costs keep the earlier one.
+fn candidates(job: &Job, wishes: Wishes) -> impl Iterator<Item = (u64, Vec<BlockPlan>)> + '_ {
     let layers = job.arch.num_layers as u64;
-    let ring_size = wishes.ring_size.unwrap_or(2);
     let swaps = match (wishes.blocks_to_swap, job.target) {
         (Some(n), _) => n.min(layers)..=n.min(layers),
         // On the CPU streaming only adds copies.
         (None, Target::Cpu) => 0..=0,
         (None, Target::Cuda) => 0..=layers,
     };
-    let homes: &[Home] = match (job.target, wishes.offload) {
-        (Target::Cpu, _) => &[Home::Device],
-        (Target::Cuda, true) => &[Home::Host],
-        (Target::Cuda, false) => &[Home::Device, Home::Host],
-    };
-    let savings: Vec<Vec<BlockPlan>> = saving_plans(layers, homes, wishes.recompute);
+    let savings: Vec<Vec<BlockPlan>> = saving_plans(layers, wishes.recompute);
     swaps.flat_map(move |blocks_to_swap| {
         let savings = savings.clone();
-        savings.into_iter().map(move |saving| Arrangement { blocks_to_swap, ring_size, saving })
+        savings.into_iter().map(move |saving| (blocks_to_swap, saving))
     })
 }
 
-/// Mixtures of two neighbouring policies over the blocks. The thriftier part comes first: those blocks wait longest.
-fn saving_plans(layers: u64, homes: &[Home], recompute: bool) -> Vec<Vec<BlockPlan>> {
+/// Mixtures of two policies over the blocks, the thriftier part first.
+fn saving_plans(layers: u64, recompute: bool) -> Vec<Vec<BlockPlan>> {
     let steps: &[(SavePolicy, SavePolicy)] = match recompute {
         true => &[(SavePolicy::Recompute, SavePolicy::Recompute)],
         false => &[
@@ -103,44 +124,72 @@ fn saving_plans(layers: u64, homes: &[Home], recompute: bool) -> Vec<Vec<BlockPl
         ],
     };
     let mut plans = Vec::new();
-    for home in homes {
-        for (thrifty, lavish) in steps {
-            let counts = if thrifty == lavish { 0..=0 } else { 0..=layers };
-            for lavish_blocks in counts.rev() {
-                let of = |i: u64| if i < layers - lavish_blocks { *thrifty } else { *lavish };
-                plans.push((0..layers).map(|i| BlockPlan { keep: of(i), home: *home }).collect());
-            }
+    for (thrifty, lavish) in steps {
+        let counts = if thrifty == lavish { 0..=0 } else { 0..=layers };
+        for lavish_blocks in counts.rev() {
+            let of = |i: u64| if i < layers - lavish_blocks { *thrifty } else { *lavish };
+            plans.push((0..layers).map(|i| BlockPlan { keep: of(i), home: Home::Device }).collect());
         }
     }
     plans
 }
 
-/// Time of recomputing, and of copies that the computing does not hide.
-fn extra_seconds(job: &Job, a: &Arrangement) -> f64 {
-    let l = job.tokens() as f64;
-    let per_sample = l / job.batch as f64;
-    let matrices: f64 = job.arch.block_sites(0).iter().map(|s| (s.in_features * s.out_features) as f64).sum();
-    let linears = 2.0 * l * matrices / FLOPS;
-    let attention = 4.0 * l * per_sample * job.arch.dim as f64 / ATTENTION_FLOPS;
-    let (forward, backward) = (linears + attention, linears + 2.5 * attention);
-    let streamed = a.blocks_to_swap as f64 / job.arch.num_layers as f64 * job.block_linear_bytes() as f64;
-    let mut seconds = 0.0;
-    for plan in &a.saving {
-        let again = match plan.keep {
-            SavePolicy::KeepAll => 0.0,
-            SavePolicy::KeepAttention => linears,
-            SavePolicy::Recompute => linears + attention,
-        };
-        let moved = match plan.home {
-            Home::Device => 0.0,
-            Home::Host => job.saved_bytes(plan.keep) as f64,
-        };
-        let copy = (moved + streamed) / BUS;
-        seconds += again + (copy - forward).max(0.0) + (copy - backward - again).max(0.0);
-        // Hidden copies are not free: they take the bus and pinned memory from everything else.
-        seconds += 0.1 * 2.0 * copy;
+/// What an arrangement costs in time: computing again, and copies that the computing does not hide.
+struct Extra {
+    layers: f64,
+    /// Of one block, in seconds.
+    forward: f64,
+    backward: f64,
+    /// Seconds of computing a block again, by policy.
+    again: [f64; 3],
+    /// Seconds of copying in one direction what a block saves, by policy.
+    saved: [f64; 3],
+    /// Seconds of copying one block's weights.
+    weights: f64,
+}
+
+impl Extra {
+    fn new(job: &Job, rates: &Rates) -> Self {
+        let l = job.tokens() as f64;
+        let per_sample = l / job.batch as f64;
+        let size = |s: &wan_models::arch::Site| 2.0 * l * (s.in_features * s.out_features) as f64 / rates.linears;
+        let sites = job.arch.block_sites(0);
+        let linears: f64 = sites.iter().map(size).sum();
+        // Backward does not read the last product's output.
+        let needed: f64 = sites.iter().filter(|s| !s.name.ends_with("ffn.2")).map(size).sum();
+        let products = 4.0 * l * per_sample * job.arch.dim as f64;
+        let attention = products / rates.attention;
+        let policies = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
+        Self {
+            layers: job.arch.num_layers as f64,
+            forward: linears + attention,
+            backward: linears + 2.5 * products / rates.attention_backward,
+            again: [needed + attention, needed, 0.0],
+            saved: policies.map(|keep| job.saved_bytes(keep) as f64 / rates.bus),
+            weights: job.block_linear_bytes() as f64 / rates.bus,
+        }
     }
-    seconds
+
+    /// A step in which nothing is computed twice and every copy is hidden. Norms, gates, the adapter's products and the
+    /// optimizer take a tenth of the rest (measured at 21600 tokens, rank 42).
+    fn step(&self) -> f64 {
+        1.1 * self.layers * (self.forward + self.backward)
+    }
+
+    fn seconds(&self, a: &Arrangement) -> f64 {
+        let weights = a.blocks_to_swap as f64 / a.saving.len() as f64 * self.weights;
+        let mut seconds = 0.0;
+        for plan in &a.saving {
+            let again = self.again[plan.keep as usize];
+            let saved = if plan.home == Home::Host { self.saved[plan.keep as usize] } else { 0.0 };
+            // Forward sends activations out while weights come in; in backward both come in.
+            seconds += again + (saved.max(weights) - self.forward).max(0.0);
+            seconds += (saved + weights - self.backward - again).max(0.0);
+            // Hidden copies are not free: they take the bus and pinned memory from everything else.
+            seconds += 0.1 * 2.0 * (saved + weights);
+        }
+        seconds
+    }
 }
 
 /// The thriftiest arrangement that the wishes allow.

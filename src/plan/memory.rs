@@ -116,9 +116,9 @@ const ATTENTION_TILE: u64 = 256 << 20;
 /// Copies of a tile alive at once in the reference's backward.
 const TILES: u64 = 4;
 /// Workspace of the matrix library.
-const GEMM_WORKSPACE: u64 = 64 << 20;
-/// Context, code and allocator slack of a CUDA process.
-const CUDA_CONTEXT: u64 = 600 << 20;
+const GEMM_WORKSPACE: u64 = 32 << 20;
+/// Ranks are filled up to a multiple of this on a card.
+const RANK: u64 = 16;
 
 impl Job {
     /// Tokens of a batch.
@@ -214,7 +214,11 @@ impl Job {
             _ => self.tokens(),
         };
         let of_first = self.sites.iter().filter(|s| s.name.starts_with("blocks.0."));
-        of_first.map(|s| rows(&s.name) * self.adapter.rank as u64).sum()
+        let rank = match self.target {
+            Target::Cpu => self.adapter.rank as u64,
+            Target::Cuda => (self.adapter.rank as u64).next_multiple_of(RANK),
+        };
+        of_first.map(|s| rows(&s.name) * rank).sum()
     }
 
     /// What one block keeps between the passes.
@@ -234,13 +238,44 @@ impl Job {
         }
     }
 
-    /// Temporaries of one block at the worst moment of its backward: the results of its products, and at the
-    /// feed-forward part three streams, the gradient, two of the feed-forward width and one of the model's.
-    fn working_bytes(&self) -> u64 {
-        let (d, f, c) = (self.arch.dim as u64, self.arch.ffn_dim as u64, self.compute_bytes);
-        let l = self.tokens();
-        let products = self.saved_bytes(SavePolicy::KeepAll) - l * d * self.stream_bytes;
-        products + l * (4 * d * self.stream_bytes + 2 * f * c + d * c)
+    /// The most that one block's passes take beside what is saved on the device; `away`: this block's saved tensors
+    /// and the next one's come back from host memory for it. The widths of the tensors alive at the two widest moments
+    /// of backward (in `L` rows; forward is below both):
+    ///
+    /// | | feed-forward part | attention's backward |
+    /// |---|---|---|
+    /// | streams | x2, dout | dx1 |
+    /// | compute | GELU, its gradient, ffn.2's gradient | norm1, q and k rotated, do, dq, dk, dv, and fp32 dq |
+    /// | not kept all: | ffn.0, o, cross q, cross-attention | q, k, v |
+    /// | recompute also: | attention, q, k, v | attention |
+    fn working_bytes(&self, keep: SavePolicy, away: bool) -> u64 {
+        let (d, f, n) = (self.arch.dim as u64, self.arch.ffn_dim as u64, self.arch.num_heads as u64);
+        let (l, c, s) = (self.tokens(), self.compute_bytes, self.stream_bytes);
+        let contexts = if self.image_rows() > 0 { 2 } else { 1 };
+        let sums = 4 * n;
+        let mut feed_forward = 2 * d * s + d * c + 2 * f * c;
+        let mut attention = d * s + 7 * d * c + 4 * d + sums;
+        // What this block had saved and has given back by the time of attention's backward.
+        let mut gone = 0;
+        let later = 3 * d * c;
+        match keep {
+            SavePolicy::KeepAll => gone = f * c + (3 + contexts) * d * c,
+            SavePolicy::KeepAttention => {
+                feed_forward += f * c + (2 + contexts) * d * c + contexts * sums;
+                attention += later;
+            }
+            SavePolicy::Recompute => {
+                feed_forward += f * c + (2 + contexts) * d * c + contexts * sums + later + d * c + sums;
+                attention += later + d * c + sums;
+            }
+        }
+        let (slot, low_rank) = (self.saved_bytes(keep), self.low_rank_elements() * c);
+        let low_rank = if keep == SavePolicy::KeepAll { 0 } else { low_rank };
+        match away {
+            // What is counted as saved shrinks by what is gone, of this block only.
+            false => low_rank + l * feed_forward.max(attention.saturating_sub(gone)),
+            true => low_rank + (slot + l * feed_forward).max(2 * slot - l * gone + l * attention),
+        }
     }
 
     /// What single operations need beside their arguments and results.
@@ -258,10 +293,10 @@ impl Job {
                 let scores = (n * self.batch * (l / self.batch).pow(2) * 4).min(ATTENTION_TILE);
                 widened + TILES * scores + 7 * l * d * 4
             }
-            // One dequantised matrix, the fp32 gradient of queries and the row sums of the attention backward.
+            // One dequantised matrix; what a weight of fp8 does not need.
             Target::Cuda => {
                 let tile = if matches!(self.weights, WeightForm::Dense(_)) { 0 } else { largest * self.compute_bytes };
-                tile + l * d * 4 + 4 * n * l + GEMM_WORKSPACE
+                tile + GEMM_WORKSPACE
             }
         }
     }
@@ -288,7 +323,8 @@ pub struct Prices {
     gradients: u64,
     moments: u64,
     saved: [u64; 3],
-    working: u64,
+    /// By policy: in place, or through host memory.
+    working: [[u64; 2]; 3],
     scratch: u64,
     batches: u64,
 }
@@ -296,28 +332,18 @@ pub struct Prices {
 impl Prices {
     pub fn new(job: &Job) -> Self {
         let (cpu, layers, trainable) = (job.target == Target::Cpu, job.arch.num_layers as u64, job.trainable());
-        // On a device the 16-bit views that the products read are kept beside the fp32 masters.
-        let views = if cpu || job.compute_bytes == 4 { 0 } else { job.compute_bytes * trainable };
         Self {
             cpu,
             layers,
             rest: job.outer_bytes() + layers * job.block_small_bytes(),
             block: job.block_linear_bytes(),
-            adapters: 4 * trainable + views,
+            adapters: 4 * trainable,
             gradients: 4 * trainable,
             moments: job.moment_bytes(),
-            saved: [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll].map(|k| job.saved_bytes(k)),
-            working: job.working_bytes(),
-            scratch: job.scratch_bytes() + if cpu { 0 } else { CUDA_CONTEXT },
+            saved: POLICIES.map(|k| job.saved_bytes(k)),
+            working: POLICIES.map(|k| [false, true].map(|away| job.working_bytes(k, away))),
+            scratch: job.scratch_bytes(),
             batches: job.batch_bytes(),
-        }
-    }
-
-    fn saved(&self, keep: SavePolicy) -> u64 {
-        match keep {
-            SavePolicy::Recompute => self.saved[0],
-            SavePolicy::KeepAttention => self.saved[1],
-            SavePolicy::KeepAll => self.saved[2],
         }
     }
 
@@ -339,26 +365,28 @@ impl Prices {
         row("adapters", self.adapters, 0);
         row("gradients", self.gradients, 0);
         row("optimizer", self.moments, 0);
-        let (mut kept, mut away, mut largest_away) = (0, 0, 0);
+        // Backward begins at the last block with everything saved: a block needs its working set beside what is saved
+        // of the blocks up to it.
+        let (mut kept, mut away, mut peak) = (0, 0, 0);
         for plan in &a.saving {
-            let bytes = self.saved(plan.keep);
-            match plan.home {
-                Home::Device => kept += bytes,
-                Home::Host => {
-                    away += bytes;
-                    largest_away = largest_away.max(bytes);
-                }
+            let policy = plan.keep as usize;
+            let on_host = plan.home == Home::Host && !self.cpu;
+            match on_host {
+                false => kept += self.saved[policy],
+                true => away += self.saved[policy],
             }
+            peak = peak.max(kept + self.working[policy][usize::from(on_host)]);
         }
-        // What waits in host memory passes through two slots on the device.
-        let passing = if self.cpu { 0 } else { 2 * largest_away };
-        row("saved activations", kept + passing, away);
-        row("working set of a block", self.working, 0);
+        row("saved activations", kept, away);
+        row("working set of a block", peak.saturating_sub(kept), 0);
         row("scratch", self.scratch, 0);
         row("batches", self.batches, if self.cpu { 0 } else { self.batches });
         Memory { rows }
     }
 }
+
+/// In the order of their discriminants.
+const POLICIES: [SavePolicy; 3] = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
 
 /// The table of an arrangement.
 pub fn price(job: &Job, a: &Arrangement) -> Memory {

@@ -1,10 +1,12 @@
 //! Memory, planned before anything is allocated: what will be where (`memory`), which saving policy and residency fit a
 //! budget (`choose`), what there is (`device`). Pure arithmetic on architecture numbers; nothing here touches a tensor.
 
+pub mod cards;
 pub mod choose;
 pub mod device;
 pub mod memory;
 
+pub use cards::{Card, Rates};
 pub use choose::Wishes;
 pub use choose::{choose, Plan, Shortfall};
 pub use device::{available_ram, Budget};

@@ -4,7 +4,7 @@ use wan_models::adapter::{AdapterSpec, Kind};
 use wan_models::arch::{ModelConfig, WanArch};
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 use wan_train::config::registry;
-use wan_train::plan::{choose, price, Arrangement, Budget, Job, Moments, Target, WeightForm, Wishes};
+use wan_train::plan::{choose, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes};
 
 const GIB: u64 = 1 << 30;
 
@@ -144,22 +144,27 @@ fn the_720p_clip_fits_a_24_gb_card() {
     let budget = Budget { device: 45 * GIB / 2, host: 32 * GIB };
     for stream_bytes in [2, 4] {
         let job = Job { stream_bytes, ..v21(Target::Cuda) };
-        let plan = choose(&job, budget, Wishes::default()).unwrap();
+        let plan = choose(&job, budget, Wishes::default(), &Rates::default()).unwrap();
         assert!(plan.memory.device() <= budget.device && plan.memory.host() <= budget.host);
         // Attention is the dearest thing to compute again.
         assert!(plan.arrangement.saving.iter().all(|p| p.keep != SavePolicy::Recompute), "{plan}");
     }
-    // With a 16-bit residual stream not a single block has to be streamed.
-    let job = Job { stream_bytes: 2, ..v21(Target::Cuda) };
-    let plan = choose(&job, budget, Wishes { blocks_to_swap: Some(0), ..Default::default() }).unwrap();
-    assert_eq!(plan.memory.row("streamed blocks"), None);
-    println!("{plan}");
+    // Not a single block has to be streamed, whatever the optimizer keeps.
+    for moments in [Moments::Blocks8bit, Moments::F32] {
+        let job = Job { moments, ..v21(Target::Cuda) };
+        let wishes = Wishes { blocks_to_swap: Some(0), ..Default::default() };
+        let plan = choose(&job, Budget { host: 64 * GIB, ..budget }, wishes, &Rates::default()).unwrap();
+        assert_eq!(plan.memory.row("streamed blocks"), None);
+        assert!(plan.arrangement.saving.iter().all(|p| p.keep != SavePolicy::Recompute), "{plan}");
+        println!("{plan}");
+    }
 }
 
 #[test]
 fn the_720p_clip_fits_a_12_gb_card_with_streamed_blocks() {
     let job = v21(Target::Cuda);
-    let plan = choose(&job, Budget { device: 23 * GIB / 2, host: 64 * GIB }, Wishes::default()).unwrap();
+    let plan =
+        choose(&job, Budget { device: 23 * GIB / 2, host: 64 * GIB }, Wishes::default(), &Rates::default()).unwrap();
     assert!(plan.arrangement.blocks_to_swap > 10, "{plan}");
     println!("{plan}");
 }
@@ -170,14 +175,15 @@ fn a_larger_budget_is_never_slower_and_wishes_are_kept() {
     let keeps = |plan: &BlockPlan| plan.keep == SavePolicy::KeepAll;
     let mut last = 0;
     for gib in [24, 40, 80, 139] {
-        let plan = choose(&job, Budget { device: gib * GIB, host: 64 * GIB }, Wishes::default()).unwrap();
+        let plan =
+            choose(&job, Budget { device: gib * GIB, host: 64 * GIB }, Wishes::default(), &Rates::default()).unwrap();
         let all = plan.arrangement.saving.iter().filter(|p| keeps(p)).count();
         assert!(all >= last, "{gib} GiB: {plan}");
         last = all;
     }
     assert_eq!(last, 40, "139 GiB hold everything");
     let wishes = Wishes { blocks_to_swap: Some(20), recompute: true, ..Default::default() };
-    let plan = choose(&job, Budget { device: 80 * GIB, host: 64 * GIB }, wishes).unwrap();
+    let plan = choose(&job, Budget { device: 80 * GIB, host: 64 * GIB }, wishes, &Rates::default()).unwrap();
     assert_eq!(plan.arrangement.blocks_to_swap, 20);
     assert!(plan.arrangement.saving.iter().all(|p| p.keep == SavePolicy::Recompute));
 }
@@ -189,17 +195,17 @@ fn what_does_not_fit_says_by_how_much_and_what_would() {
     job.moments = Moments::F32;
     let budget = Budget { device: 25 * GIB, host: 64 * GIB };
     let wishes = Wishes { blocks_to_swap: Some(0), ..Default::default() };
-    let short = choose(&job, budget, wishes).unwrap_err();
+    let short = choose(&job, budget, wishes, &Rates::default()).unwrap_err();
     let text = short.to_string();
     assert!(text.contains("more than the 25.00 GiB"), "{text}");
     assert!(text.contains("--fp8_scaled: fits"), "{text}");
     assert!(text.contains("leaving --blocks_to_swap to the plan: fits"), "{text}");
     assert!(text.contains("--optimizer_type adamw8bit: saves"), "{text}");
     let tiny_card = Budget { device: 6 * GIB, host: 64 * GIB };
-    let text = choose(&v21(Target::Cuda), tiny_card, Wishes::default()).unwrap_err().to_string();
+    let text = choose(&v21(Target::Cuda), tiny_card, Wishes::default(), &Rates::default()).unwrap_err().to_string();
     assert!(text.contains("clips of"), "{text}");
     let no_ram = Budget { device: 12 * GIB, host: 2 * GIB };
-    let text = choose(&v21(Target::Cuda), no_ram, Wishes::default()).unwrap_err().to_string();
+    let text = choose(&v21(Target::Cuda), no_ram, Wishes::default(), &Rates::default()).unwrap_err().to_string();
     assert!(text.contains("host memory"), "{text}");
 }
 
@@ -207,12 +213,12 @@ fn what_does_not_fit_says_by_how_much_and_what_would() {
 fn on_the_cpu_everything_is_one_memory() {
     let job = tiny();
     let budget = Budget { device: GIB, host: 0 };
-    let plan = choose(&job, budget, Wishes::default()).unwrap();
+    let plan = choose(&job, budget, Wishes::default(), &Rates::default()).unwrap();
     assert_eq!(plan.memory.host(), 0);
     assert!(plan.arrangement.saving.iter().all(|p| *p == BlockPlan { keep: SavePolicy::KeepAll, home: Home::Device }));
     // Streaming on request costs the slots on top of the masters.
     let ring = Wishes { blocks_to_swap: Some(2), ring_size: Some(1), ..Default::default() };
-    let ring = choose(&job, budget, ring).unwrap();
+    let ring = choose(&job, budget, ring, &Rates::default()).unwrap();
     assert_eq!(ring.memory.device(), plan.memory.device() + job.block_linear_bytes());
 }
 

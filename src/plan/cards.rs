@@ -1,0 +1,95 @@
+//! What a card can do, from `configs/cards.toml`: rates by which arrangements are compared.
+
+use serde::Deserialize;
+
+use crate::config::registry;
+
+/// One kind of card: data-sheet figures.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    pub name: String,
+    /// Parts of the driver's name for it.
+    matches: Vec<String>,
+    /// Compute capability: `[8, 6]` is sm_86.
+    pub capability: [u32; 2],
+    /// Dense 16-bit products with fp32 sums.
+    pub tensor_tflops: f64,
+    /// The same for fp8, where there is any.
+    pub fp8_tflops: Option<f64>,
+    pub memory_gb_s: f64,
+    /// Pinned copies, each direction.
+    pub bus_gb_s: f64,
+    pub memory_gib: f64,
+}
+
+#[derive(Deserialize)]
+struct File {
+    card: Vec<Card>,
+}
+
+/// What parts of a step run at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Products with weights, FLOP/s.
+    pub linears: f64,
+    pub attention: f64,
+    pub attention_backward: f64,
+    /// Bytes/s of a pinned copy in one direction.
+    pub bus: f64,
+}
+
+impl Card {
+    /// All cards of the table, in its order.
+    pub fn all() -> Vec<Card> {
+        let text = registry::text("cards.toml").unwrap_or_default();
+        toml::from_str::<File>(text).map(|f| f.card).unwrap_or_default()
+    }
+
+    /// The entry for a card by the driver's name.
+    pub fn find(name: &str) -> Option<Card> {
+        Self::all().into_iter().find(|c| c.matches.iter().any(|m| name.contains(m.as_str())))
+    }
+
+    /// What the kernels here reach of the peak. Measured on an H200: linears 0.76. Attention with `wgmma` 0.55 forward
+    /// and 0.5 backward; with `mma.sync` 0.37 and 0.30 of a peak of which these instructions can use 0.62 there, so
+    /// 0.6 and 0.48 of the peak of cards that have no others.
+    pub fn rates(&self) -> Rates {
+        let peak = self.tensor_tflops * 1e12;
+        let [forward, backward] = if self.capability[0] >= 9 { [0.5, 0.4] } else { [0.6, 0.48] };
+        Rates {
+            linears: 0.76 * peak,
+            attention: forward * peak,
+            attention_backward: backward * peak,
+            bus: self.bus_gb_s * 1e9,
+        }
+    }
+}
+
+impl Default for Rates {
+    /// Of a usual card of 24 GB.
+    fn default() -> Self {
+        match Card::find("") {
+            Some(card) => card.rates(),
+            // The table is embedded and tested; these are its last entry's.
+            None => Rates { linears: 54e12, attention: 43e12, attention_backward: 34e12, bus: 25e9 },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_are_found_by_the_drivers_names() {
+        let name = |driver: &str| Card::find(driver).unwrap().name;
+        assert_eq!(name("NVIDIA H200"), "H200");
+        assert_eq!(name("NVIDIA GeForce RTX 3090 Ti"), "RTX 3090");
+        assert_eq!(name("NVIDIA RTX A6000"), "A6000");
+        assert_eq!(name("NVIDIA GeForce RTX 4090"), "RTX 4090");
+        assert_eq!(name("a card nobody knows"), "RTX 3090");
+        let rates = Card::find("NVIDIA H200").unwrap().rates();
+        assert!(rates.linears > 700e12 && rates.attention > rates.attention_backward);
+    }
+}
