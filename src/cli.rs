@@ -1,6 +1,8 @@
 //! What was typed. Flags are made from the option table, so names, aliases and help exist once; hyphens and
 //! underscores in flag names are the same.
 
+pub mod lora;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -29,6 +31,7 @@ pub enum Invocation {
         typed: Typed,
         options: BenchOptions,
     },
+    Lora(lora::LoraJob),
     Verify {
         golden: Option<PathBuf>,
         device: String,
@@ -99,6 +102,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             };
             Invocation::Bench { typed, options }
         }
+        Some(("lora", m)) => Invocation::Lora(lora::parse(m)),
         Some(("verify", m)) => Invocation::Verify {
             golden: m.get_one::<PathBuf>("golden").cloned(),
             device: m.get_one::<String>("device").cloned().unwrap_or_default(),
@@ -161,6 +165,7 @@ pub fn command() -> Command {
                 .arg(flag("json", "One JSON object a line"))
                 .arg(flag("check", "With `ops`: hold every kernel against its definition")),
         )
+        .subcommand(lora::command())
         .subcommand(
             Command::new("verify")
                 .about("Check every model and formula against reference numbers")

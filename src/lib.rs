@@ -16,6 +16,7 @@ pub mod fsio;
 pub mod hub;
 pub mod kwargs;
 pub mod loader;
+pub mod lora;
 pub mod optim;
 pub mod plan;
 pub mod report;

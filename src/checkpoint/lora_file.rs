@@ -87,7 +87,7 @@ impl LoraFile {
             modules: BTreeMap::new(),
             diffs: BTreeMap::new(),
             unmapped: Vec::new(),
-            form: if keys.iter().any(|k| k.starts_with("lora_unet")) { Form::Kohya } else { Form::Comfy },
+            form: keys.iter().map(|k| Form::of_key(k)).find(|f| *f != Form::Comfy).unwrap_or_default(),
             metadata,
         };
         for key in keys {

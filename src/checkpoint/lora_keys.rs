@@ -201,23 +201,53 @@ pub enum Form {
     Comfy,
     /// `lora_unet_blocks_0_self_attn_q.lora_down.weight`: kohya's and the old trainer's.
     Kohya,
+    /// `transformer.blocks.0.attn1.to_q.lora_A.weight`: the diffusers library's, which knows LoRA only and no alpha.
+    Diffusers,
 }
 
 impl Form {
+    /// The form that a key of a file is in.
+    pub fn of_key(key: &str) -> Form {
+        match key {
+            k if k.starts_with("lora_unet") => Form::Kohya,
+            k if [".attn1.", ".attn2.", ".ffn.net.", "condition_embedder."].iter().any(|p| k.contains(p)) => {
+                Form::Diffusers
+            }
+            _ => Form::Comfy,
+        }
+    }
+
     /// The key of one factor (or `alpha`) of a module.
     pub fn key(self, module: &str, suffix: &str) -> String {
         match self {
             Form::Comfy => {
-                let suffix = match suffix {
-                    "lora_down.weight" => "lora_A.weight",
-                    "lora_up.weight" => "lora_B.weight",
-                    other => other,
-                };
-                format!("diffusion_model.{module}.{suffix}")
+                format!("diffusion_model.{module}.{}", peft_suffix(suffix))
+            }
+            Form::Diffusers => {
+                let name = diffusers_name(module).unwrap_or_else(|| module.to_owned());
+                format!("transformer.{name}.{}", peft_suffix(suffix))
             }
             Form::Kohya => format!("lora_unet_{}.{suffix}", module.replace('.', "_")),
         }
     }
+}
+
+fn peft_suffix(suffix: &str) -> &str {
+    match suffix {
+        "lora_down.weight" => "lora_A.weight",
+        "lora_up.weight" => "lora_B.weight",
+        other => other,
+    }
+}
+
+/// The diffusers name of one of our modules: `blocks.0.self_attn.q` -> `blocks.0.attn1.to_q`. `None` where both are the
+/// same.
+pub fn diffusers_name(module: &str) -> Option<String> {
+    let spelled = |name: String| (name != module && module_of(&name).as_deref() == Some(module)).then_some(name);
+    if let Some((index, _)) = module.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+        return INNER.iter().find_map(|inner| spelled(format!("blocks.{index}.{inner}")));
+    }
+    OUTER.iter().find_map(|outer| spelled((*outer).to_owned()))
 }
 
 /// The names that the old merge script understands: dotted modules with or without a prefix, `lora_down` and `lora_up`
@@ -297,8 +327,26 @@ mod tests {
     }
 
     #[test]
+    fn diffusers_names_are_those_of_the_library() {
+        for (ours, theirs) in [
+            ("blocks.7.self_attn.q", "blocks.7.attn1.to_q"),
+            ("blocks.7.self_attn.o", "blocks.7.attn1.to_out.0"),
+            ("blocks.7.cross_attn.k", "blocks.7.attn2.to_k"),
+            ("blocks.7.cross_attn.v_img", "blocks.7.attn2.add_v_proj"),
+            ("blocks.7.ffn.0", "blocks.7.ffn.net.0.proj"),
+            ("blocks.7.ffn.2", "blocks.7.ffn.net.2"),
+            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+            ("head.head", "proj_out"),
+        ] {
+            assert_eq!(diffusers_name(ours).as_deref(), Some(theirs));
+        }
+        assert_eq!(diffusers_name("patch_embedding"), None);
+    }
+
+    #[test]
     fn written_names_read_back() {
-        for form in [Form::Comfy, Form::Kohya] {
+        for form in [Form::Comfy, Form::Kohya, Form::Diffusers] {
+            assert_eq!(Form::of_key(&form.key("blocks.3.ffn.2", "alpha")), form);
             for suffix in ["lora_down.weight", "lora_up.weight", "hada_w2_b", "lokr_w1", "lokr_w2", "lokr_w2_a"] {
                 let key = form.key("blocks.3.cross_attn.v_img", suffix);
                 assert_eq!(classify(&key), Part::Factor("blocks.3.cross_attn.v_img".into(), suffix), "{key}");

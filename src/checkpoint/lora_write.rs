@@ -98,8 +98,10 @@ pub struct Convert {
 }
 
 /// Converts a LoRA file into another form. Dtypes and metadata are kept, hashes made anew. A missing alpha stays
-/// missing in the ComfyUI form (it means scale 1) and becomes the rank in kohya's, whose readers need one.
-/// Whole differences (`.diff`) have no kohya name: an error.
+/// missing in the ComfyUI form (it means scale 1) and becomes the rank in kohya's, whose readers need one. The diffusers
+/// form has no alpha: where it is not the rank, alpha / rank goes into the up factor, which is exact if that is a power
+/// of two.
+/// Whole differences (`.diff`) have a name in the ComfyUI form only, LoHa and LoKr none in the diffusers form: errors.
 pub fn convert(input: &Path, output: &Path, how: Convert) -> Result<()> {
     let file = LoraFile::open(input)?;
     let mut outs = Vec::new();
@@ -108,18 +110,32 @@ pub fn convert(input: &Path, output: &Path, how: Convert) -> Result<()> {
         let Some(module) = file.module(&name)? else { continue };
         let is_lora = module.factors.contains_key("lora_down.weight");
         let fold = how.fold_alpha && is_lora;
-        let root = module.scale().sqrt();
+        let diffusers = how.form == Form::Diffusers;
+        if diffusers && !is_lora {
+            return Err(UserError::new(format!(
+                "{} cannot be converted: {name} is no LoRA, and the diffusers form has no names for other kinds",
+                input.display()
+            ))
+            .hint("keep it in the ComfyUI form, or make a LoRA of it with `wan-train lora resize`")
+            .into());
+        }
+        let factor = |suffix: &str| match (fold, diffusers) {
+            (true, _) => module.scale().sqrt(),
+            (false, true) if suffix == "lora_up.weight" => module.scale(),
+            _ => 1.0,
+        };
         let mut dtype = DType::F32;
         for (suffix, t) in &module.factors {
             dtype = t.dtype();
-            let t = match fold {
-                true => t.to_dtype(DType::F32)?.affine(root, 0.0)?.to_dtype(dtype)?,
-                false => t.clone(),
+            let factor = factor(suffix);
+            let t = match factor == 1.0 {
+                true => t.clone(),
+                false => t.to_dtype(DType::F32)?.affine(factor, 0.0)?.to_dtype(dtype)?,
             };
             outs.push(TensorOut::of(how.form.key(&name, suffix), &t)?);
         }
         let alpha = match (module.alpha, module.rank(), how.form) {
-            _ if fold => None,
+            _ if fold || diffusers => None,
             (Some(alpha), ..) => Some(alpha),
             (None, Some(rank), Form::Kohya) => Some(rank as f64),
             (None, ..) => None,
@@ -130,9 +146,10 @@ pub fn convert(input: &Path, output: &Path, how: Convert) -> Result<()> {
         }
     }
     for tensor in file.diffs().map(str::to_owned).collect::<Vec<_>>() {
-        if how.form == Form::Kohya {
+        if how.form != Form::Comfy {
+            let form = if how.form == Form::Kohya { "kohya's form" } else { "the diffusers form" };
             return Err(UserError::new(format!(
-                "{} cannot be converted: it changes {tensor} as a whole, for which kohya's form has no name",
+                "{} cannot be converted: it changes {tensor} as a whole, for which {form} has no name",
                 input.display()
             ))
             .hint("keep it in the ComfyUI form")

@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod demo;
 mod job;
+mod lora;
 mod pair;
 mod plan;
 mod run;
@@ -30,6 +31,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Plan(typed) => Runs::of(&typed)?.each(plan::run),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
         Invocation::Bench { typed, options } => bench::run(typed, &options),
+        Invocation::Lora(job) => lora::run(job),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
     }
 }

@@ -14,7 +14,7 @@ mod dir;
 pub mod tensors;
 
 pub use dir::{remove_dir, write_dir_atomic};
-pub use tensors::{write_safetensors, TensorOut};
+pub use tensors::{write_safetensors, write_streamed, TensorOut, TensorSpec};
 
 /// Every temporary file or directory of ours is named `.<final name>.<unique>.wtmp`.
 const TEMP_SUFFIX: &str = ".wtmp";

@@ -50,27 +50,44 @@ where
     bytemuck::cast_slice(values.reinterpret_cast()).to_vec()
 }
 
+/// One tensor of a file that is written while its tensors are made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Bytes in the file.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
 /// Sorts the tensors as they will lie in the file and returns the whole header (length field included).
 pub fn header(tensors: &mut [TensorOut<'_>], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let spec = |t: &TensorOut<'_>| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() };
+    for t in tensors.iter() {
+        let (bits, bytes) = (t.shape.iter().product::<usize>() * t.dtype.bitsize(), t.data.len());
+        ensure!(bits == 8 * bytes, "{}: {bytes} bytes for shape {:?} of {:?}", t.name, t.shape, t.dtype);
+    }
     tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+    let mut specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
+    header_of(&mut specs, metadata)
+}
+
+fn header_of(specs: &mut [TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    specs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     let mut names = BTreeSet::new();
     let mut root = Map::new();
     if !metadata.is_empty() {
         root.insert("__metadata__".into(), json!(metadata));
     }
     let mut start = 0usize;
-    for t in tensors.iter() {
+    for t in specs.iter() {
         ensure!(t.name != "__metadata__" && names.insert(&t.name), "two tensors of a file are named {}", t.name);
-        let bits = t.shape.iter().product::<usize>() * t.dtype.bitsize();
-        ensure!(
-            bits == 8 * t.data.len(),
-            "{}: {} bytes for shape {:?} of {:?}",
-            t.name,
-            t.data.len(),
-            t.shape,
-            t.dtype
-        );
-        let end = start + t.data.len();
+        let end = start + t.bytes();
         let dtype = serde_json::to_value(t.dtype).context("dtype name")?;
         root.insert(t.name.clone(), json!({ "dtype": dtype, "shape": t.shape, "data_offsets": [start, end] }));
         start = end;
@@ -93,6 +110,25 @@ pub fn write_safetensors(
         w.write_all(&header)?;
         for t in &tensors {
             w.write_all(&t.data)?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes a safetensors file atomically without holding it: `make` gives each tensor's bytes when its turn comes.
+pub fn write_streamed(
+    path: &Path,
+    mut specs: Vec<TensorSpec>,
+    metadata: &BTreeMap<String, String>,
+    make: &mut dyn FnMut(&TensorSpec) -> Result<Vec<u8>>,
+) -> Result<()> {
+    let header = header_of(&mut specs, metadata)?;
+    write_atomic(path, |w| {
+        w.write_all(&header)?;
+        for spec in &specs {
+            let data = make(spec)?;
+            ensure!(data.len() == spec.bytes(), "{}: {} bytes, {} announced", spec.name, data.len(), spec.bytes());
+            w.write_all(&data)?;
         }
         Ok(())
     })
@@ -140,6 +176,26 @@ mod tests {
         let loaded = candle_core::safetensors::load(&p1, &Device::Cpu).unwrap();
         let x = loaded["a.transposed"].to_vec2::<f32>().unwrap();
         assert_eq!(x, vec![vec![1.0, 1e-3], vec![-2.5, 0.0], vec![3.0, 7.0]]);
+    }
+
+    #[test]
+    fn a_streamed_file_has_the_bytes_of_one_written_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (p1, p2) = (dir.path().join("1.safetensors"), dir.path().join("2.safetensors"));
+        let metadata = BTreeMap::from([("a".to_string(), "b".to_string())]);
+        let outs: Vec<TensorOut> = sample().iter().map(|(n, t)| TensorOut::of(n, t).unwrap()).collect();
+        let specs: Vec<TensorSpec> =
+            outs.iter().map(|t| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() }).collect();
+        let data: BTreeMap<String, Vec<u8>> = outs.iter().map(|t| (t.name.clone(), t.data.to_vec())).collect();
+        write_safetensors(&p1, outs, &metadata).unwrap();
+        write_streamed(&p2, specs.clone(), &metadata, &mut |s| Ok(data[&s.name].clone())).unwrap();
+        assert!(std::fs::read(&p1).unwrap() == std::fs::read(&p2).unwrap());
+        let short = write_streamed(&p2, specs.clone(), &metadata, &mut |_| Ok(vec![0; 3])).unwrap_err();
+        assert!(short.to_string().contains("announced"), "{short}");
+        let failed = write_streamed(&dir.path().join("3"), specs, &metadata, &mut |_| bail!("no source"));
+        assert_eq!(failed.unwrap_err().to_string(), "no source");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing half-written stays");
+        assert!(std::fs::read(&p1).unwrap() == std::fs::read(&p2).unwrap(), "a failed write leaves the old file");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod compat;
 mod demo;
+mod lora;
 mod mistakes;
 mod pair;
 mod resume;
