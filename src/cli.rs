@@ -36,6 +36,20 @@ pub enum Invocation {
         golden: Option<PathBuf>,
         device: String,
     },
+    Setup(SetupOptions),
+}
+
+/// What `setup` gets, and from where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetupOptions {
+    pub base_dir: PathBuf,
+    /// Wan 2.2 image-to-video too.
+    pub include_i2v: bool,
+    /// Wan 2.1 models; with any, Wan 2.2 text-to-video is left out.
+    pub wan21: Vec<String>,
+    pub comfyui_dir: Option<PathBuf>,
+    pub hf_token: Option<String>,
+    pub dry_run: bool,
 }
 
 /// What `bench` measures, and how.
@@ -107,6 +121,20 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             golden: m.get_one::<PathBuf>("golden").cloned(),
             device: m.get_one::<String>("device").cloned().unwrap_or_default(),
         },
+        Some(("setup", m)) => {
+            let path = |name: &str| m.get_one::<PathBuf>(name).cloned();
+            let mut wan21: Vec<String> = m.get_many::<String>("wan21").into_iter().flatten().cloned().collect();
+            wan21.sort();
+            wan21.dedup();
+            Invocation::Setup(SetupOptions {
+                base_dir: path("base_dir").unwrap_or_default(),
+                include_i2v: m.get_flag("include_i2v"),
+                wan21,
+                comfyui_dir: path("comfyui_dir"),
+                hf_token: m.get_one::<String>("hf_token").cloned(),
+                dry_run: m.get_flag("dry_run"),
+            })
+        }
         Some((verb, _)) => unreachable!("clap knows no verb `{verb}`"),
     })
 }
@@ -167,6 +195,36 @@ pub fn command() -> Command {
         )
         .subcommand(lora::command())
         .subcommand(
+            Command::new("setup")
+                .about("Look at the machine, make the directories, get the model files")
+                .arg(
+                    path("base_dir", "DIR", "Directory that holds models, datasets, outputs")
+                        .default_value("./local_training"),
+                )
+                .arg(flag("include_i2v", "Wan 2.2 image-to-video too, not text-to-video alone"))
+                .arg(
+                    Arg::new("wan21")
+                        .long("wan21")
+                        .value_name("MODEL")
+                        .num_args(1..)
+                        .action(ArgAction::Append)
+                        .value_parser(PossibleValuesParser::new(["t2v-14b", "t2v-1.3b", "i2v-480p", "i2v-720p"]))
+                        .help("Wan 2.1 models, in place of Wan 2.2 text-to-video"),
+                )
+                .arg(path(
+                    "comfyui_dir",
+                    "DIR",
+                    "ComfyUI installation whose model files are linked instead of downloaded",
+                ))
+                .arg(
+                    Arg::new("hf_token")
+                        .long("hf_token")
+                        .value_name("TOKEN")
+                        .help("Token for the hub (default: HF_TOKEN)"),
+                )
+                .arg(flag("dry_run", "Show what would be done, and change nothing")),
+        )
+        .subcommand(
             Command::new("verify")
                 .about("Check every model and formula against reference numbers")
                 .arg(
@@ -188,6 +246,10 @@ pub fn command() -> Command {
 
 fn flag(name: &'static str, help: &'static str) -> Arg {
     Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
+}
+
+fn path(name: &'static str, value: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).value_name(value).value_parser(clap::value_parser!(PathBuf)).help(help)
 }
 
 fn run_args(command: Command) -> Command {

@@ -3,6 +3,7 @@ mod checkpoint;
 mod config;
 mod data;
 mod golden_support;
+mod hub;
 mod loader;
 mod program;
 mod report;

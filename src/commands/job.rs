@@ -133,10 +133,8 @@ impl Job {
         if path.is_file() {
             return Ok(path.clone());
         }
-        // The official .pth files are often kept as .safetensors of the same stem.
-        let twin = path.with_extension("safetensors");
-        if twin.is_file() {
-            return Ok(twin);
+        if let Some(other) = hub::other_form(path) {
+            return Ok(other);
         }
         let what = match path.is_dir() {
             true => format!("--{option} {} is a directory, not a model file", path.display()),

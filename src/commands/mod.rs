@@ -5,10 +5,12 @@ mod cache;
 mod demo;
 mod job;
 mod lora;
+mod machine;
 mod pair;
 mod plan;
 mod run;
 mod save;
+mod setup;
 mod show;
 mod text;
 mod train;
@@ -32,6 +34,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
         Invocation::Bench { typed, options } => bench::run(typed, &options),
         Invocation::Lora(job) => lora::run(job),
+        Invocation::Setup(options) => setup::run(&options),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
     }
 }

@@ -63,6 +63,7 @@ impl Runs {
             let seed = job.config.seed.unwrap_or_default();
             TrainSettings::from_config(&job.config, &job.model, seed)?;
             weights::open_dit(job)?;
+            weights::fetch_lightning(job)?;
             weights::check_merges(job, &job.config)?;
         }
         Ok(())

@@ -5,12 +5,12 @@ use std::path::Path;
 use candle_core::DType;
 use wan_models::wan::{BlockWeights, WanWeights};
 
-use super::job::Job;
+use super::{job::Job, setup};
 use crate::checkpoint::LoraFile;
 use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
 use crate::fsio;
-use crate::hub;
+use crate::hub::{self, Hub};
 use crate::loader::{check_precision, load_dit, DitTable, Fp8, LoadOptions, LoraMerge, Source};
 use crate::report::Work;
 
@@ -50,6 +50,31 @@ fn fp8(config: &RunConfig) -> Fp8 {
         (false, true) => Fp8::Scaled,
         (false, false) => Fp8::Keep,
     }
+}
+
+/// Gets the Lightning LoRA of a template where it is missing: the one of this model and this expert, checked.
+pub fn fetch_lightning(job: &Job) -> anyhow::Result<()> {
+    let Some((role, file)) = job.model_lightning().and_then(|role| Some((role, hub::file(&job.model, role)?))) else {
+        return Ok(());
+    };
+    let dir = job.config.base_dir.join(hub::folder(role));
+    let path = dir.join(&file.name);
+    if path.exists() || !job.config.base_weights.iter().any(|wanted| Path::new(wanted) == path) {
+        return Ok(());
+    }
+    job.progress.say(&format!("the {} is not here yet and is downloaded", hub::role_name(role)));
+    let got = setup::get(file, &dir, &Hub::from_env(), job.progress.as_ref(), &job.stop);
+    got.map(drop).map_err(|error| match error.downcast::<UserError>() {
+        Ok(user) if user.exit != 130 => {
+            let hint = format!(
+                "{}, or train on the plain weights with --skip_lightning",
+                user.hint.clone().unwrap_or_default()
+            );
+            user.hint(hint).into()
+        }
+        Ok(user) => user.into(),
+        Err(other) => other,
+    })
 }
 
 /// Finds out whether every LoRA that is to be merged is there, before anything long is begun.

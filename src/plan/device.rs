@@ -11,11 +11,16 @@ pub struct Budget {
 
 /// Bytes of host memory that can be taken without swapping, where the system tells.
 pub fn available_ram() -> Option<u64> {
-    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)
+    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
 }
 
-fn parse_meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+/// Bytes of host memory, where the system tells.
+pub fn total_ram() -> Option<u64> {
+    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+fn parse_meminfo(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib << 10)
 }
@@ -27,7 +32,7 @@ mod tests {
     #[test]
     fn the_available_line_is_read() {
         let text = "MemTotal:       24600000 kB\nMemFree: 1 kB\nMemAvailable:   20000000 kB\n";
-        assert_eq!(parse_meminfo(text), Some(20_000_000 * 1024));
-        assert_eq!(parse_meminfo("MemTotal: 5 kB"), None);
+        assert_eq!(parse_meminfo(text, "MemAvailable:"), Some(20_000_000 * 1024));
+        assert_eq!(parse_meminfo("MemTotal: 5 kB", "MemAvailable:"), None);
     }
 }

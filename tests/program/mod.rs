@@ -6,6 +6,7 @@ mod lora;
 mod mistakes;
 mod pair;
 mod resume;
+mod setup;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
