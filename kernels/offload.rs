@@ -35,6 +35,18 @@ impl Exec {
     }
 }
 
+impl Exec {
+    /// Lets go of the device memory that copies issued so far still read. The next [`Exec::offload`] does it too: this is
+    /// for where none follows.
+    pub fn settle_offloads(&self) -> Result<()> {
+        match self {
+            Exec::Reference { .. } => Ok(()),
+            #[cfg(feature = "cuda")]
+            Exec::Cuda { gpu, .. } => gpu.settle_stashes(0),
+        }
+    }
+}
+
 impl Offloaded {
     /// Starts bringing the tensors back, into memory that is taken now. [`Offloaded::restore`] does it where it was not
     /// done.

@@ -59,6 +59,8 @@ pub struct BenchOptions {
     pub case: String,
     pub steps: u64,
     pub json: bool,
+    /// `start` only: the checkpoint; made when it is missing.
+    pub file: Option<PathBuf>,
     /// `ops` only: hold every kernel against its definition instead of timing it.
     pub check: bool,
 }
@@ -69,6 +71,8 @@ pub enum BenchWhat {
     Steps,
     /// Single operations.
     Ops,
+    /// From a checkpoint file to the first step.
+    Start,
 }
 
 /// Which caches `cache` makes.
@@ -107,12 +111,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             let options = BenchOptions {
                 what: match m.get_one::<String>("what").map(String::as_str) {
                     Some("ops") => BenchWhat::Ops,
+                    Some("start") => BenchWhat::Start,
                     _ => BenchWhat::Steps,
                 },
                 case: m.get_one::<String>("case").cloned().unwrap_or_default(),
                 steps: m.get_one::<u64>("steps").copied().unwrap_or(5),
                 json: m.get_flag("json"),
                 check: m.get_flag("check"),
+                file: m.get_one::<PathBuf>("file").cloned(),
             };
             Invocation::Bench { typed, options }
         }
@@ -165,9 +171,9 @@ pub fn command() -> Command {
             verb("bench", "Time training steps on random weights, or single operations; needs a card, no files")
                 .arg(
                     Arg::new("what")
-                        .value_parser(PossibleValuesParser::new(["steps", "ops"]))
+                        .value_parser(PossibleValuesParser::new(["steps", "ops", "start"]))
                         .default_value("steps")
-                        .help("Training steps, or every kernel by itself"),
+                        .help("Training steps; every kernel by itself; or the start from a 28 GB file (made at --file when missing)"),
                 )
                 .arg(
                     Arg::new("case")
@@ -191,6 +197,13 @@ pub fn command() -> Command {
                         .help("Rank and alpha of the LoRA [42]"),
                 )
                 .arg(flag("json", "One JSON object a line"))
+                .arg(
+                    Arg::new("file")
+                        .long("file")
+                        .value_name("FILE")
+                        .value_parser(clap::value_parser!(PathBuf))
+                        .help("With `start`: the fp16 checkpoint; random weights are written there when it is missing"),
+                )
                 .arg(flag("check", "With `ops`: hold every kernel against its definition")),
         )
         .subcommand(lora::command())

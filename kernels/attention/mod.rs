@@ -256,7 +256,11 @@ fn over_keys(p_grm: &Tensor, w_gmh: &Tensor, compute: DType) -> Result<Tensor> {
     let mut sum = None;
     for start in (0..keys).step_by(piece) {
         let len = piece.min(keys - start);
-        let (p_grk, w_gkh) = (p_grm.narrow(2, start, len)?, w_gmh.narrow(1, start, len)?);
+        let (mut p_grk, mut w_gkh) = (p_grm.narrow(2, start, len)?, w_gmh.narrow(1, start, len)?);
+        // candle's products on a card take no rows with gaps between them.
+        if !p_grk.device().is_cpu() {
+            (p_grk, w_gkh) = (p_grk.contiguous()?, w_gkh.contiguous()?);
+        }
         sum = plus(sum, num::matmul(&p_grk, &w_gkh, compute)?)?;
     }
     match sum {

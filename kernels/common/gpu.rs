@@ -20,6 +20,7 @@ use half::{bf16, f16};
 
 use super::blas::Blas;
 pub use super::copy::Pinned;
+pub use super::stash::Staging;
 use super::stash::Stash;
 use crate::{Error, Result};
 

@@ -106,11 +106,52 @@ impl Slab {
             Err(e) => e.to_string(),
         };
         // SAFETY: the size is not zero; null is looked at.
-        let start = unsafe { std::alloc::alloc(layout(bytes)) };
+        let start = unsafe { std::alloc::alloc_zeroed(layout(bytes)) };
         if start.is_null() {
             return Err(error(NAME, format!("{bytes} bytes of host memory for saved activations: {refused}")));
         }
         Ok((Slab { start: start as u64, bytes, pinned: false, last: None }, Some(refused)))
+    }
+}
+
+/// Pinned memory through which files are read to a card.
+pub struct Staging {
+    gpu: Gpu,
+    slab: Slab,
+}
+
+impl Staging {
+    /// Errors (`Gpu`): no memory. Where pinning is refused it is plain memory, which is slower.
+    pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
+        gpu.bind()?;
+        Ok(Self { gpu: gpu.clone(), slab: Slab::new(bytes.max(1))?.0 })
+    }
+
+    /// The memory, once the last [`Staging::send`] from it is done.
+    pub fn bytes_mut(&mut self) -> Result<&mut [u8]> {
+        if let Some(last) = self.slab.last.take() {
+            last.synchronize().map_err(failed)?;
+        }
+        // SAFETY: the slab owns this memory, zeroed or written, and nothing else refers to it now.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.slab.start as *mut u8, self.slab.bytes) })
+    }
+
+    /// Issues the copy of the first `len` bytes to a contiguous tensor on the card, from its byte `offset` on, in the
+    /// order of computing.
+    pub fn send(&mut self, to: &Tensor, offset: usize, len: usize) -> Result<()> {
+        let whole = to.elem_count() * to.dtype().size_in_bytes();
+        if len > self.slab.bytes || offset + len > whole {
+            return Err(error(NAME, format!("{len} bytes at {offset} do not fit a tensor of {whole}")));
+        }
+        self.gpu.bind()?;
+        let (target, stream) = (tensor_address(NAME, to)? + offset as u64, self.gpu.stream());
+        // SAFETY: both ranges were checked; the source is not written before `last` has passed, and the tensor's memory
+        // is freed, if at all, later on the same stream.
+        unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.slab.start as *const c_void, len, stream.cu_stream()) }
+            .result()
+            .map_err(failed)?;
+        self.slab.last = Some(record(stream)?);
+        Ok(())
     }
 }
 
@@ -171,13 +212,20 @@ impl Gpu {
         state.next += 1;
         let id = state.next;
         state.leaving.push_back(Leaving { id, tensors, done });
-        while state.leaving.len() > LEAVING {
+        drop(state);
+        self.settle_stashes(LEAVING)?;
+        Ok(Stashed { gpu: self.clone(), id, slab: Some(slab), parts, back: None })
+    }
+
+    /// Gives back the device memory of all but the last `keep` stashes, behind their copies.
+    pub(crate) fn settle_stashes(&self, keep: usize) -> Result<()> {
+        let mut state = self.stash_of().lock();
+        while state.leaving.len() > keep {
             if let Some(gone) = state.leaving.pop_front() {
                 self.stream().wait(&gone.done).map_err(failed)?;
             }
         }
-        drop(state);
-        Ok(Stashed { gpu: self.clone(), id, slab: Some(slab), parts, back: None })
+        Ok(())
     }
 
     /// Bytes of host memory that stashes hold, in use or kept for the next ones.

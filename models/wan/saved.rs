@@ -88,6 +88,7 @@ impl Stored {
     /// Moves what is saved to where it waits; the computing does not wait for that.
     pub fn new(saved: BlockSaved, exec: &Exec, home: Home) -> Result<Self> {
         if home == Home::Device {
+            exec.settle_offloads()?;
             return Ok(Stored::Here(saved));
         }
         let (bytes, placeholder) = (saved.bytes(), Tensor::zeros((), DType::U8, &Device::Cpu)?);

@@ -39,10 +39,12 @@ mod on_card {
     use std::collections::BTreeMap;
     use std::process::ExitCode;
     use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
 
     use candle_core::{DType, Device, Tensor};
     use serde_json::json;
     use wan_kernels::gpu::Gpu;
+    use wan_kernels::philox::Philox;
     use wan_kernels::{bench, check, fp8, Exec};
     use wan_models::arch::WanArch;
     use wan_models::keys;
@@ -55,8 +57,10 @@ mod on_card {
     use crate::cli::{BenchOptions, BenchWhat};
     use crate::commands::job::Job;
     use crate::commands::plan::{wishes, Room};
+    use crate::commands::{synthetic, weights};
     use crate::config::Typed;
     use crate::error::UserError;
+    use crate::loader::Source;
     use crate::plan::{self, RunShape, Target};
     use crate::residency::{Residency, ResidencySpec};
     use crate::train::{Items, MicroStep, Observer, Parts, TrainSettings, Trainer};
@@ -78,7 +82,8 @@ mod on_card {
         default("optimizer_type", &["adamw"]);
         default("device", &["cuda"]);
         default("seed", &["1"]);
-        let steps = (options.steps + 2).to_string();
+        let steps = if options.what == BenchWhat::Start { 2 } else { options.steps + 2 };
+        let steps = steps.to_string();
         typed.flags.insert("max_train_steps", vec![steps]);
         let job = Job::new(&typed)?;
         let exec = job.exec()?;
@@ -89,6 +94,7 @@ mod on_card {
             BenchWhat::Ops if options.check => checked(gpu),
             BenchWhat::Ops => ops(gpu, &job, exec.compute(), options),
             BenchWhat::Steps => train(gpu, &job, &exec, options),
+            BenchWhat::Start => start(gpu, &job, &exec, options),
         }
     }
 
@@ -136,7 +142,7 @@ mod on_card {
         [16, (f - 1) / 4 + 1, h / 8, w / 8]
     }
 
-    /// One item, drawn anew for every step.
+    /// Random items, the same in every run: losses of runs that differ in policies only are then the same, bit for bit.
     struct Synthetic {
         buckets: Vec<Bucket>,
         shape: [usize; 4],
@@ -148,15 +154,15 @@ mod on_card {
             &self.buckets
         }
 
-        fn load(&self, _item: usize) -> anyhow::Result<ItemTensors> {
-            let normal = |shape: &[usize]| Tensor::randn(0f32, 1f32, shape, &Device::Cpu);
+        fn load(&self, item: usize) -> anyhow::Result<ItemTensors> {
+            let normal = |stream, shape: &[usize]| Philox::new(1, stream, 0, item as u32).normal(shape, &Device::Cpu);
             Ok(ItemTensors {
-                latents: normal(&self.shape)?,
+                latents: normal(0, &self.shape)?,
                 latents_image: None,
                 control: None,
                 clip: None,
                 positions: None,
-                context: (normal(&[TEXT_ROWS, self.text])? * 0.1)?.to_dtype(DType::BF16)?,
+                context: (normal(1, &[TEXT_ROWS, self.text])? * 0.1)?.to_dtype(DType::BF16)?,
             })
         }
 
@@ -189,9 +195,69 @@ mod on_card {
     }
 
     fn train(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let clock = Instant::now();
+        let (planned, tokens, settings) = plan_for(job, exec, options)?;
+        if !options.json {
+            println!("{planned}");
+        }
         let arch = &job.model.arch;
-        let [w, h, f] = super::pixels(&options.case)?;
-        let shape = latent([w, h, f]);
+        let spec = residency(&planned);
+        let weights = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers))?;
+        let steps = options.steps + 2;
+        let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
+        let prepared = (ready - clock).as_secs_f64();
+        let classes = gpu.finish_profile()?;
+        report(gpu, job, options, &planned, &watch, &classes, prepared, tokens)
+    }
+
+    /// From a 28 GB fp16 file to the end of the first step, part by part.
+    fn start(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let arch = &job.model.arch;
+        let path = options.file.clone().ok_or_else(|| {
+            UserError::usage("bench start needs a file")
+                .hint("add --file FILE; 28 GB are written there when it is missing")
+        })?;
+        if !path.exists() {
+            eprintln!("writing random fp16 weights to {}", path.display());
+            synthetic::write(arch, &path)?;
+        }
+        let clock = Instant::now();
+        let (planned, _, settings) = plan_for(job, exec, options)?;
+        let streamed = residency(&planned).streamed(arch.num_layers);
+        let source = Source::open(&path)?;
+        let opened = clock.elapsed();
+        let weights = weights::load(job, &job.config, &source, exec.device(), &streamed)?;
+        gpu.synchronize()?;
+        let loaded = clock.elapsed();
+        let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, 2)?;
+        let (ready, first) = ((ready - clock).as_secs_f64(), watch.seconds[0]);
+        let row = json!({
+            "case": options.case, "bench": "start", "card": gpu.card().name, "commit": env!("WAN_COMMIT"),
+            "file_gib": source.total_bytes() as f64 / GIB, "open_s": opened.as_secs_f64(),
+            "load_s": (loaded - opened).as_secs_f64(), "ready_s": ready, "first_step_s": first,
+            "start_s": ready + first, "second_step_s": watch.seconds.get(1), "losses": watch.losses,
+        });
+        match options.json {
+            true => println!("{row}"),
+            false => println!(
+                "opened {:.2} s, loaded {:.2} s, ready {ready:.2} s, first step done {:.2} s after the start",
+                opened.as_secs_f64(),
+                loaded.as_secs_f64(),
+                ready + first
+            ),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn residency(planned: &plan::Plan) -> ResidencySpec {
+        let a = &planned.arrangement;
+        ResidencySpec { blocks_to_swap: a.blocks_to_swap as usize, ring_size: a.ring_size as usize }
+    }
+
+    /// The plan for a case, its tokens, and what the configuration says about training.
+    fn plan_for(job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<(plan::Plan, u64, TrainSettings)> {
+        let arch = &job.model.arch;
+        let shape = latent(super::pixels(&options.case)?);
         let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
         let work = plan::Job::from_config(
             &job.config,
@@ -208,36 +274,40 @@ mod on_card {
         let room = Room::on(exec, job.config.vram_budget)?;
         let planned = plan::choose(&work, room.budget, wishes(job, &job.config), &room.rates)
             .map_err(|s| UserError::new(format!("this case does not fit:\n{}{s}", s.memory)))?;
-        if !options.json {
-            println!("{planned}");
-        }
+        Ok((planned, work.tokens(), settings))
+    }
 
-        let clock = std::time::Instant::now();
+    /// Trains `steps` steps on random items; also when everything was ready for the first.
+    fn steps_of<'a>(
+        gpu: &'a Gpu,
+        job: &Job,
+        exec: &Exec,
+        options: &BenchOptions,
+        (planned, settings): (&plan::Plan, TrainSettings),
+        (rest, blocks): (WanWeights, Vec<BlockWeights>),
+        steps: u64,
+    ) -> anyhow::Result<(Clock<'a>, Instant)> {
+        let arch = &job.model.arch;
+        let [w, h, f] = super::pixels(&options.case)?;
         let numerics = if job.config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
-        let arrangement = &planned.arrangement;
-        let spec = ResidencySpec {
-            blocks_to_swap: arrangement.blocks_to_swap as usize,
-            ring_size: arrangement.ring_size as usize,
-        };
-        let (rest, blocks) = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers))?;
         let model = WanModel::new(arch.clone(), rest, numerics)?;
-        let (residency, note) = Residency::on(exec, blocks, spec)?;
+        let (residency, note) = Residency::on(exec, blocks, residency(planned))?;
         note.iter().for_each(|note| eprintln!("note: {note}"));
-        let save_plan = SavePlan::per_block(arrangement.saving.clone());
+        let save_plan = SavePlan::per_block(planned.arrangement.saving.clone());
         let items = Synthetic {
             buckets: vec![Bucket {
                 dataset: 0,
                 key: BucketKey { width: w, height: h, frames: f },
                 batch_size: 1,
-                entries: (0..options.steps as usize + 2).collect(),
+                entries: (0..steps as usize).collect(),
             }],
-            shape,
+            shape: latent([w, h, f]),
             text: arch.text_dim,
         };
         let parts = Parts { exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &items };
         let mut trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null)?;
         gpu.synchronize()?;
-        let prepared = clock.elapsed().as_secs_f64();
+        let ready = Instant::now();
         gpu.reset_peak()?;
         let mut watch = Clock {
             gpu,
@@ -245,12 +315,11 @@ mod on_card {
             losses: Vec::new(),
             skipped: 0,
             // The last step is profiled and not counted: its events cost time.
-            profiled: options.steps + 2,
+            profiled: steps,
             peak: 0,
         };
         trainer.run(&mut watch, &mut (), &AtomicBool::new(false))?;
-        let classes = gpu.finish_profile()?;
-        report(gpu, job, options, &planned, &watch, &classes, prepared, work.tokens())
+        Ok((watch, ready))
     }
 
     #[allow(clippy::too_many_arguments)]

@@ -12,6 +12,8 @@ mod run;
 mod save;
 mod setup;
 mod show;
+#[cfg(feature = "cuda")]
+mod synthetic;
 mod text;
 mod train;
 mod verify;

@@ -86,14 +86,14 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let exec = job.exec()?;
     let plan = plan::for_training(job, &config, &settings, &exec, &index, &source)?;
     say(&plan.table());
-    let (rest, blocks) = weights::load(job, &config, &source)?;
+    let streamed = plan.residency().streamed(job.model.arch.num_layers);
+    let (rest, blocks) = weights::load(job, &config, &source, exec.device(), &streamed)?;
     if job.stopped() {
         say("stopped before the first step: nothing was trained, nothing was written");
         return Ok(Ended::Stopped);
     }
 
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
-    let rest = rest.map(&mut |t| Ok(t.to_device(exec.device())?))?;
     let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
     let (residency, note) = Residency::on(&exec, blocks, plan.residency())?;
     note.iter().for_each(|note| say(&format!("note: {note}")));

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use wan_models::wan::{BlockWeights, WanWeights};
 
 use super::{job::Job, setup};
@@ -11,7 +11,7 @@ use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
 use crate::fsio;
 use crate::hub::{self, Hub};
-use crate::loader::{check_precision, load_dit, DitTable, Fp8, LoadOptions, LoraMerge, Source};
+use crate::loader::{check_precision, load_dit_by_block, DitTable, Fp8, LoadOptions, LoraMerge, Progress, Source};
 use crate::report::Work;
 
 /// Opens the DiT and holds it against the task: a wrong file is found here, before anything is read.
@@ -26,20 +26,35 @@ pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
     Ok(source)
 }
 
-/// Reads the weights tensor by tensor.
-pub fn load(job: &Job, config: &RunConfig, source: &Source) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
+/// Reads the weights tensor by tensor to where they will be: blocks that stream to host memory, all others to `device`.
+pub fn load(
+    job: &Job,
+    config: &RunConfig,
+    source: &Source,
+    device: &Device,
+    streamed: &[usize],
+) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
     let options = LoadOptions {
         fp8: fp8(config),
         merges: merges(job, config)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
+        device: device.clone(),
         ..LoadOptions::new(&job.model.arch, &config.task)
     };
     let total = source.keys().count() as u64;
     let mut task = job.progress.begin(Work { what: "loading the DiT", unit: "tensor", start: 0, total });
-    let weights = load_dit(source, &options, &mut |read| {
+    let mut blocks = Vec::with_capacity(job.model.arch.num_layers);
+    let mut read = |read: Progress| {
         task.advance(1, &format!("{} of {}", fsio::human(read.done), fsio::human(read.total)));
+    };
+    let rest = load_dit_by_block(source, &options, &mut read, &mut |index, block| {
+        blocks.push(match streamed.contains(&index) {
+            true => block.map(&mut |t| Ok(t.to_device(&Device::Cpu)?))?,
+            false => block,
+        });
+        Ok(())
     })?;
-    Ok(weights)
+    Ok((rest, blocks))
 }
 
 /// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted.

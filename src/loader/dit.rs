@@ -82,12 +82,35 @@ pub fn load_dit_by_block(
     for merge in &options.merges {
         merge.check(&names)?;
     }
+    #[cfg(feature = "cuda")]
+    if let (Some(gpu), true) = (wan_kernels::gpu::Gpu::of(&options.device), options.fp8 != Fp8::Cast) {
+        let order = keys::expected(options.arch).into_iter().map(|e| e.key);
+        let plain = order.filter(|key| !options.merges.iter().any(|m| m.touches(key)));
+        let raw = plain.filter_map(|key| table.tensors.get(&key).cloned());
+        let ahead = super::ahead::Ahead::new(source, &gpu, raw)?;
+        let fetch = |raw: &str| ahead.fetch(raw);
+        return ahead.during(|| load_table(&table, source, options, &fetch, progress, sink));
+    }
+    load_table(&table, source, options, &|_| Ok(None), progress, sink)
+}
+
+/// A tensor of the file on the computing device, from whoever reads ahead; `None` where nobody does.
+type Fetch<'a> = &'a dyn Fn(&str) -> Result<Option<Tensor>>;
+
+fn load_table(
+    table: &DitTable,
+    source: &Source,
+    options: &LoadOptions<'_>,
+    fetch: Fetch,
+    progress: &mut dyn FnMut(Progress),
+    sink: &mut dyn FnMut(usize, BlockWeights) -> Result<()>,
+) -> Result<WanWeights> {
     let total = table.tensors.values().filter_map(|raw| source.byte_len(raw)).sum::<usize>() as u64;
     let mut done = 0;
     // The getter's error type has no room for ours: it waits here.
     let mut failed = None;
     let mut get = |key: &str| {
-        let result = table.weight(source, options, key).map_err(|e| match e.is::<UserError>() {
+        let result = table.weight(source, options, fetch, key).map_err(|e| match e.is::<UserError>() {
             true => e,
             false => e.context(format!("{}: {key} cannot be loaded", source.path().display())),
         });
@@ -222,7 +245,7 @@ impl DitTable {
     }
 
     /// Reads one tensor and makes of it what the options say.
-    fn weight(&self, source: &Source, options: &LoadOptions<'_>, key: &str) -> Result<Weight> {
+    fn weight(&self, source: &Source, options: &LoadOptions<'_>, fetch: Fetch, key: &str) -> Result<Weight> {
         let Some(raw) = self.tensors.get(key) else {
             bail!("{key} is missing");
         };
@@ -231,6 +254,12 @@ impl DitTable {
         let quantisable = matrix && keys::is_quantisable(key);
 
         let touched = options.merges.iter().any(|m| m.touches(key));
+        if let Some(there) = fetch(raw)? {
+            return Ok(match quantisable && options.fp8 == Fp8::Scaled {
+                true => Weight::Fp8(fp8::Weight::quantize(&there, fp8::Granularity::Block)?),
+                false => Weight::Dense(there),
+            });
+        }
         if quantisable && !touched && options.fp8 == Fp8::Scaled {
             if let Some((q, scale)) = quantize_in_pieces(source, raw)? {
                 return Ok(Weight::scaled(to(q)?, to(scale)?)?);

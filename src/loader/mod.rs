@@ -3,6 +3,8 @@
 //! [`Source`] opens files, [`load_dit`] makes a DiT of one (LoRAs merged, quantised), [`Keyed`] gives the tensors of the
 //! VAE, umT5 and CLIP under the names their models ask for.
 
+#[cfg(feature = "cuda")]
+mod ahead;
 mod dit;
 mod header;
 mod keyed;

@@ -237,6 +237,18 @@ impl Source {
         Ok(out)
     }
 
+    /// The dtype of a tensor that lies in the file as it is, row by row; `None` for torch tensors in another order.
+    pub fn plain(&self, key: &str) -> Option<Dtype> {
+        self.places.get(key).filter(|place| place.stride.is_none()).map(|place| place.dtype)
+    }
+
+    /// Bytes of a plain tensor from `offset` on, to fill `out`.
+    pub fn read_part(&self, key: &str, offset: usize, out: &mut [u8]) -> Result<()> {
+        let place = self.place(key)?;
+        anyhow::ensure!(place.stride.is_none() && offset + out.len() <= place.bytes(), "{key} ends before that");
+        self.parts[place.file].read_at(out, place.start + offset as u64)
+    }
+
     /// Some rows of a matrix (its first axis), in the order asked for, without reading the others: the token table of
     /// umT5 has 2 GB, of which a prompt needs a few kilobytes.
     pub fn read_rows(&self, key: &str, rows: &[u32], device: &Device) -> Result<Tensor> {

@@ -251,7 +251,7 @@ fn trajectory(
     let adamw = AdamW { beta1, beta2, eps, weight_decay };
     let spec = OptimizerSpec { kind: OptimizerKind::AdamW, adamw, adafactor: Adafactor::default() };
     let layout = network.params.layout().clone();
-    let mut optimizer = Optimizer::on(spec, &layout, &Device::Cpu)?;
+    let mut optimizer = Optimizer::on(spec, &layout, device)?;
     let (lr, max_norm) = (number(recipe, "lr")?, recipe["max_grad_norm"].as_f64().unwrap_or(0.0));
     let (noise, sigma, t) =
         (io.f32("traj.noise", device)?, io.f32("traj.sigma", device)?, io.f32("traj.timesteps", device)?);
