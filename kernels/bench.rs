@@ -72,12 +72,18 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             random(gpu, &[1, m, n, h], compute)?,
         );
         let (q_blnh, k_bmnh, v_bmnh, d_o) = (&q, &k, &v, random(gpu, &[1, l, n, h], compute)?);
-        let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh };
-        rows.push(time::<Attention>(exec, gpu, case(&format!(", {m} keys")), &args, runs)?);
-        let o = exec.run::<Attention>(&args)?;
-        let (o_blnh, lse_bnl, do_blnh) = (&o.o_blnh, &o.lse_bnl, &d_o);
-        let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
-        rows.push(time::<AttentionBackward>(exec, gpu, case(&format!(", {m} keys")), &args, runs)?);
+        // Where a card has kernels of its own, the ones that all cards run are timed as well.
+        for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
+            gpu.use_portable(*portable);
+            let case = case(&format!(", {m} keys{}", if *portable { ", mma.sync" } else { ", wgmma" }));
+            let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh };
+            rows.push(time::<Attention>(exec, gpu, case.clone(), &args, runs)?);
+            let o = exec.run::<Attention>(&args)?;
+            let (o_blnh, lse_bnl, do_blnh) = (&o.o_blnh, &o.lse_bnl, &d_o);
+            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
+            rows.push(time::<AttentionBackward>(exec, gpu, case, &args, runs)?);
+        }
+        gpu.use_portable(false);
     }
     for (o, i) in [(d, d), (f, d), (d, f), (rank, d), (d, rank), (rank.next_multiple_of(16), d)] {
         let (x, w, dy) =

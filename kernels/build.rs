@@ -1,7 +1,8 @@
 //! Compiles every `.cu` file of this crate for every supported card and embeds the results. Runs nvcc only with feature
 //! `cuda`; without it nothing is looked for.
 //!
-//! One fatbin a file: machine code for sm_80, 86, 89 and 90, and PTX of compute_90 for cards that came later.
+//! One fatbin a file: machine code for sm_80, 86, 89 and 90, and PTX of compute_90 for cards that came later. A file whose
+//! name ends in `_sm90a` uses instructions that only Hopper has, and is compiled for it alone.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -81,10 +82,13 @@ fn compile(root: &Path, source: &Path, out: &Path) -> Result<(), String> {
     let image = out.join(name(root, source).replace('/', "_")).with_extension("fatbin");
     let mut nvcc = Command::new(compiler());
     nvcc.args(["-fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]);
-    for card in CARDS {
-        nvcc.arg(format!("-gencode=arch=compute_{card},code=sm_{card}"));
+    if name(root, source).ends_with("_sm90a") {
+        nvcc.arg("-gencode=arch=compute_90a,code=sm_90a");
+    } else {
+        nvcc.args(CARDS.map(|card| format!("-gencode=arch=compute_{card},code=sm_{card}")));
+        nvcc.arg("-gencode=arch=compute_90,code=compute_90");
     }
-    nvcc.arg("-gencode=arch=compute_90,code=compute_90").arg(source).arg("-o").arg(&image);
+    nvcc.arg(source).arg("-o").arg(&image);
     match nvcc.output() {
         Ok(Output { status, .. }) if status.success() => Ok(()),
         Ok(Output { stdout, stderr, .. }) => {

@@ -112,7 +112,12 @@ pub fn all(gpu: &Gpu) -> Result<Vec<Row>> {
     norms(&mut c)?;
     elementwise(&mut c)?;
     linears(&mut c)?;
-    attention(&mut c)?;
+    attention(&mut c, "attention")?;
+    if gpu.hopper() {
+        gpu.use_portable(true);
+        attention(&mut c, "attention, mma.sync")?;
+        gpu.use_portable(false);
+    }
     flow(&mut c)?;
     let mut rows = c.rows;
     rows.extend(exact(gpu)?);
@@ -216,11 +221,18 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
     })
 }
 
-fn attention(c: &mut Checker<'_>) -> Result<()> {
-    let shapes =
-        [(1, 97, 97, 9, 128), (2, 1, 1, 3, 128), (1, 1025, 513, 2, 128), (2, 130, 769, 3, 64), (1, 50, 512, 3, 16)];
+fn attention(c: &mut Checker<'_>, op: &str) -> Result<()> {
+    let shapes = [
+        (1, 97, 97, 9, 128),
+        (2, 1, 1, 3, 128),
+        (1, 1025, 513, 2, 128),
+        (2, 130, 769, 3, 128),
+        (1, 1, 300, 1, 128),
+        (2, 130, 769, 3, 64),
+        (1, 50, 512, 3, 16),
+    ];
     for (b, l, m, n, h) in shapes {
-        c.run("attention", &format!("[{b}, {l}, {n}, {h}] x {m}"), HALVES, &|p| {
+        c.run(op, &format!("[{b}, {l}, {n}, {h}] x {m}"), HALVES, &|p| {
             let (q, k) = (p.normal(1, &[b, l, n, h])?, p.normal(2, &[b, m, n, h])?);
             let (v, d_o) = (p.normal(3, &[b, m, n, h])?, p.normal(4, &[b, l, n, h])?);
             let (q_blnh, k_bmnh, v_bmnh, do_blnh) = (&q, &k, &v, &d_o);

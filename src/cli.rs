@@ -63,6 +63,8 @@ pub struct BenchOptions {
     pub file: Option<PathBuf>,
     /// `ops` only: hold every kernel against its definition instead of timing it.
     pub check: bool,
+    /// Leave alone the kernels that only cards of this one's kind have.
+    pub portable: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +121,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 json: m.get_flag("json"),
                 check: m.get_flag("check"),
                 file: m.get_one::<PathBuf>("file").cloned(),
+                portable: m.get_flag("portable"),
             };
             Invocation::Bench { typed, options }
         }
@@ -204,7 +207,8 @@ pub fn command() -> Command {
                         .value_parser(clap::value_parser!(PathBuf))
                         .help("With `start`: the fp16 checkpoint; random weights are written there when it is missing"),
                 )
-                .arg(flag("check", "With `ops`: hold every kernel against its definition")),
+                .arg(flag("check", "With `ops`: hold every kernel against its definition"))
+                .arg(flag("portable", "With `steps`: only kernels that every card runs (mma.sync)")),
         )
         .subcommand(lora::command())
         .subcommand(

@@ -1,8 +1,11 @@
-//! Launches of the flash kernels, see `forward.cu` and `backward.cu`.
+//! Launches of the flash kernels that every card runs, see `forward.cu` and `backward.cu`, and the choice between them and
+//! Hopper's own.
 
 use candle_core::{DType, Tensor};
 
-use super::{tile, Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionGrads, AttentionOut};
+use super::{
+    hopper, tile, Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionGrads, AttentionOut,
+};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::linear::cuda::cast;
 use crate::{Op, Result};
@@ -12,7 +15,7 @@ pub(super) fn fits(q_blnh: &Tensor) -> bool {
     matches!(q_blnh.dtype(), DType::BF16 | DType::F16) && tile::supported(q_blnh.dims()[3])
 }
 
-fn suffix(dtype: DType) -> &'static str {
+pub(super) fn suffix(dtype: DType) -> &'static str {
     if dtype == DType::BF16 {
         "bf16"
     } else {
@@ -21,6 +24,9 @@ fn suffix(dtype: DType) -> &'static str {
 }
 
 pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> {
+    if hopper::fits(gpu, a.q_blnh) {
+        return hopper::forward(gpu, a);
+    }
     const OP: &str = Attention::NAME;
     let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
     let o_blnh = gpu.empty(a.q_blnh.shape(), a.q_blnh.dtype())?;
@@ -45,6 +51,9 @@ pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> 
 }
 
 pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<AttentionGrads> {
+    if hopper::fits(gpu, a.q_blnh) {
+        return hopper::backward(gpu, a);
+    }
     const OP: &str = AttentionBackward::NAME;
     const FILE: &str = "attention/backward";
     let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);

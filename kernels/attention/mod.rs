@@ -13,6 +13,8 @@ use crate::{gate, num, Cost, Op, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod hopper;
 pub mod tile;
 
 /// A score tile above this many bytes is split: first over heads, then over query rows.

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -49,6 +50,7 @@ struct Inner {
     blas: Blas,
     scratch: Mutex<HashMap<&'static str, CudaSlice<u8>>>,
     profile: Mutex<Option<Vec<Timed>>>,
+    portable: AtomicBool,
 }
 
 /// What a card is.
@@ -110,6 +112,7 @@ impl Gpu {
             modules: Mutex::default(),
             scratch: Mutex::default(),
             profile: Mutex::new(None),
+            portable: AtomicBool::new(false),
         });
         let mut cards = lock(&CARDS);
         cards.retain(|c| c.strong_count() > 0);
@@ -130,6 +133,17 @@ impl Gpu {
 
     pub fn card(&self) -> &Card {
         &self.0.card
+    }
+
+    /// From now on whether kernels that only cards of this one's kind have are left alone: for holding both against each
+    /// other.
+    pub fn use_portable(&self, portable: bool) {
+        self.0.portable.store(portable, Ordering::Relaxed);
+    }
+
+    /// Whether this card's own kernels may run: those of files `*_sm90a.cu`.
+    pub(crate) fn hopper(&self) -> bool {
+        self.card().capability == (9, 0) && !self.0.portable.load(Ordering::Relaxed)
     }
 
     /// Waits until everything issued so far is done.
@@ -354,42 +368,50 @@ impl Launch {
     }
 }
 
-/// A kernel argument: the bytes of a scalar, a pointer or a small struct of them.
+/// A kernel argument: the bytes of a scalar, a pointer or a small struct of them; the largest is a tensor map.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Arg([u64; 6]);
+pub(crate) struct Arg([u64; Arg::LONGS]);
 
 impl Arg {
+    const LONGS: usize = 16;
+
+    /// A struct of 64-bit values, in order.
+    pub fn longs(longs: &[u64]) -> Self {
+        let mut packed = [0u64; Arg::LONGS];
+        packed[..longs.len()].copy_from_slice(longs);
+        Arg(packed)
+    }
+
     pub fn ptr(address: u64) -> Self {
-        Arg([address, 0, 0, 0, 0, 0])
+        Arg::longs(&[address])
     }
 
     pub fn i32(v: usize) -> Self {
         debug_assert!(v <= i32::MAX as usize);
-        Arg([v as u64, 0, 0, 0, 0, 0])
+        Arg::longs(&[v as u64])
     }
 
     pub fn i64(v: usize) -> Self {
-        Arg([v as u64, 0, 0, 0, 0, 0])
+        Arg::longs(&[v as u64])
     }
 
     pub fn f32(v: f32) -> Self {
-        Arg([u64::from(v.to_bits()), 0, 0, 0, 0, 0])
+        Arg::longs(&[u64::from(v.to_bits())])
     }
 
     /// `wan::In` or `wan::Out`: a pointer and a dtype.
     pub fn tensor(t: &View) -> Self {
-        Arg([t.address, t.dtype_code(), 0, 0, 0, 0])
+        Arg::longs(&[t.address, t.dtype_code()])
     }
 
     /// `wan::In` of an optional tensor: null where there is none.
     pub fn optional(t: Option<&View>) -> Self {
-        t.map_or(Arg([0; 6]), Arg::tensor)
+        t.map_or(Arg::longs(&[]), Arg::tensor)
     }
 
-    /// A struct of 32-bit words, in order, at most twelve.
+    /// A struct of 32-bit words, in order.
     pub fn words(words: &[u32]) -> Self {
-        assert!(words.len() <= 12, "a small struct");
-        let mut packed = [0u64; 6];
+        let mut packed = [0u64; Arg::LONGS];
         for (i, &word) in words.iter().enumerate() {
             packed[i / 2] |= u64::from(word) << (i % 2 * 32);
         }
@@ -399,9 +421,9 @@ impl Arg {
     /// A struct of pointers followed by 32-bit words.
     pub fn pointers(pointers: &[u64], words: &[u32]) -> Self {
         let Arg(tail) = Arg::words(words);
-        let mut packed = [0u64; 6];
+        let mut packed = [0u64; Arg::LONGS];
         packed[..pointers.len()].copy_from_slice(pointers);
-        packed[pointers.len()..].copy_from_slice(&tail[..6 - pointers.len()]);
+        packed[pointers.len()..].copy_from_slice(&tail[..Arg::LONGS - pointers.len()]);
         Arg(packed)
     }
 }

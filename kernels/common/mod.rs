@@ -4,3 +4,4 @@ pub(crate) mod blas;
 mod copy;
 pub mod gpu;
 pub(crate) mod stash;
+pub(crate) mod tensor_map;

@@ -93,7 +93,10 @@ mod on_card {
         match options.what {
             BenchWhat::Ops if options.check => checked(gpu),
             BenchWhat::Ops => ops(gpu, &job, exec.compute(), options),
-            BenchWhat::Steps => train(gpu, &job, &exec, options),
+            BenchWhat::Steps => {
+                gpu.use_portable(options.portable);
+                train(gpu, &job, &exec, options)
+            }
             BenchWhat::Start => start(gpu, &job, &exec, options),
         }
     }
@@ -347,7 +350,7 @@ mod on_card {
         use wan_models::wan::SavePolicy::{KeepAll, KeepAttention, Recompute};
         let row = json!({
             "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision,
-            "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
+            "portable": options.portable, "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
             "vram_budget_gib": job.config.vram_budget,
             "kept": {"all": saving(KeepAll), "attention": saving(KeepAttention), "recompute": saving(Recompute)},
             "host_saved": planned.arrangement.saving.iter().filter(|b| b.home == wan_models::wan::Home::Host).count(),
