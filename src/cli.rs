@@ -2,6 +2,7 @@
 //! underscores in flag names are the same.
 
 pub mod lora;
+pub mod musubi;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -32,6 +33,8 @@ pub enum Invocation {
         options: BenchOptions,
     },
     Lora(lora::LoraJob),
+    /// A command line of musubi-tuner, word by word.
+    Musubi(Vec<String>),
     Verify {
         golden: Option<PathBuf>,
         device: String,
@@ -124,6 +127,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 portable: m.get_flag("portable"),
             };
             Invocation::Bench { typed, options }
+        }
+        Some(("musubi", m)) => {
+            Invocation::Musubi(m.get_many::<String>("words").into_iter().flatten().cloned().collect())
         }
         Some(("lora", m)) => Invocation::Lora(lora::parse(m)),
         Some(("verify", m)) => Invocation::Verify {
@@ -240,6 +246,19 @@ pub fn command() -> Command {
                         .help("Token for the hub (default: HF_TOKEN)"),
                 )
                 .arg(flag("dry_run", "Show what would be done, and change nothing")),
+        )
+        .subcommand(
+            Command::new("musubi")
+                .about("Run a command line of musubi-tuner: wan_train_network.py, wan_cache_latents.py and their like")
+                .arg(
+                    Arg::new("words")
+                        .value_name("COMMAND LINE")
+                        .num_args(1..)
+                        .required(true)
+                        .trailing_var_arg(true)
+                        .allow_hyphen_values(true)
+                        .help("From `python` or `accelerate launch` on, or from the program's name"),
+                ),
         )
         .subcommand(
             Command::new("verify")

@@ -21,7 +21,7 @@ use crate::loader::{clip_name, vae_name, Keyed};
 
 pub fn run(job: &Job, what: CacheWhat) -> anyhow::Result<ExitCode> {
     job.catch_interrupts();
-    let mut prepared = Prepared::new(job, true)?;
+    let mut prepared = Prepared::for_work(job, Some(what))?;
     prepared.make(job, what)?;
     prepared.table(job);
     prepared.scan.check()?;
@@ -45,8 +45,13 @@ impl Prepared {
     /// Scans the dataset and compares every cache file with its recipe. Without `models` (training on caches that are
     /// there already) missing model files are no error: then their fingerprints are not compared.
     pub fn new(job: &Job, models: bool) -> anyhow::Result<Self> {
+        Self::for_work(job, models.then_some(CacheWhat::Both))
+    }
+
+    /// The same for what is to be made: only the models that this takes must be at hand.
+    fn for_work(job: &Job, work: Option<CacheWhat>) -> anyhow::Result<Self> {
         let (dataset, scan) = job.dataset()?;
-        let options = options(job, models)?;
+        let options = options(job, work)?;
         let survey = Survey::take(&dataset, &scan.items, &options)?;
         survey.notes().iter().for_each(|note| job.progress.say(&format!("note: {note}")));
         Ok(Self { scan, survey })
@@ -71,7 +76,12 @@ impl Prepared {
 
     /// Each file used, dropped, why; with the totals.
     pub fn table(&self, job: &Job) {
-        job.progress.say(&CacheReport::of(&self.scan, &self.survey).render());
+        job.progress.say(&self.report());
+    }
+
+    /// The same as text.
+    pub fn report(&self) -> String {
+        CacheReport::of(&self.scan, &self.survey).render()
     }
 
     pub fn dataset(&self) -> &DatasetConfig {
@@ -84,8 +94,9 @@ fn vae_exec(job: &Job) -> anyhow::Result<Exec> {
     exec(&job.config.device, DType::F32)
 }
 
-fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
+fn options(job: &Job, work: Option<CacheWhat>) -> anyhow::Result<CacheOptions> {
     let c = &job.config;
+    let models = matches!(work, Some(CacheWhat::Both | CacheWhat::Latents));
     let (i2v, clip) = job.conditions();
     if c.one_frame && !i2v {
         return Err(UserError::usage(format!("--one_frame trains image-to-video models, and {} is none", c.task))
@@ -110,7 +121,7 @@ fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
         Err(_) if !models => (&published_vae(job)).into(),
         Err(_) => return Err(vae_path.unwrap_err()),
     };
-    let text = text::fingerprints(job, models)?;
+    let text = text::fingerprints(job, matches!(work, Some(CacheWhat::Both | CacheWhat::Text)))?;
     Ok(CacheOptions {
         vae_dtype: dtype(&c.vae_dtype),
         i2v,
@@ -119,7 +130,7 @@ fn options(job: &Job, models: bool) -> anyhow::Result<CacheOptions> {
         one_frame: c.one_frame,
         clip,
         musubi_compat: c.musubi_compat,
-        recache: c.recache && models,
+        recache: c.recache && work.is_some(),
         allow_bad_media: c.allow_bad_media,
         vae: found("vae", Role::Vae, c.vae.as_ref())?,
         clip_vision: if clip { found("clip", Role::Clip, c.clip.as_ref())? } else { None },

@@ -6,6 +6,7 @@ mod demo;
 mod job;
 mod lora;
 mod machine;
+mod musubi;
 mod pair;
 mod plan;
 mod run;
@@ -37,6 +38,7 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Bench { typed, options } => bench::run(typed, &options),
         Invocation::Lora(job) => lora::run(job),
         Invocation::Setup(options) => setup::run(&options),
+        Invocation::Musubi(words) => musubi::run(&words),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),
     }
 }

@@ -191,6 +191,7 @@ options! {
         lr_scheduler_power: f64 = 1.0, aliases &["power"]; "Power of polynomial"
         lr_scheduler_timescale: Option<u64> = None; "Time scale of inverse_sqrt"
         lr_scheduler_min_lr_ratio: Option<f64> = None, aliases &["min_lr"]; "Lowest learning rate as a fraction of the peak"
+        lr_scheduler_type: Option<String> = None; "Torch schedule in place of --lr_scheduler: CosineAnnealingLR, ExponentialLR or StepLR, with --lr_scheduler_args"
         lr_scheduler_args: Vec<String> = vec![]; "k=v pairs for the schedule (lr_end, step_rules)"
     }
     "Timesteps and loss" {

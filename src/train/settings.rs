@@ -135,6 +135,7 @@ impl TrainSettings {
             ));
         }
         let schedule = ScheduleSpec {
+            class: c.lr_scheduler_type.clone().unwrap_or_default(),
             args: c.lr_scheduler_args.clone(),
             warmup: c.lr_warmup_steps.parse()?,
             decay: c.lr_decay_steps.parse()?,

@@ -139,6 +139,7 @@ const NOTED: &[&str] = &[
     "lr_scheduler_power",
     "lr_scheduler_timescale",
     "lr_scheduler_min_lr_ratio",
+    "lr_scheduler_type",
     "lr_scheduler_args",
     "optimizer_args",
     "max_grad_norm",

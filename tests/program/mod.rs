@@ -4,6 +4,7 @@ mod compat;
 mod demo;
 mod lora;
 mod mistakes;
+mod musubi;
 mod pair;
 mod resume;
 mod setup;
