@@ -308,7 +308,43 @@ fn exact(gpu: &Gpu) -> Result<Vec<Row>> {
             rows.push(bits("fp8_dequantize", &case, &got.dequantize()?, &want.dequantize()?)?);
         }
     }
+    for n in [1, 5, 4097, 1 << 20] {
+        let philox = Philox::new(0x1234_5678_9abc, stream::NOISE, 7, n as u32);
+        let (got, want) = (philox.normal(&[n], &card)?, philox.normal(&[n], &Device::Cpu)?);
+        rows.push(bits("philox", &n.to_string(), &got, &want)?);
+    }
+    offload(&exec, &mut rows)?;
     Ok(rows)
+}
+
+/// Tensors through host memory and back, several at a time, in the order of backward; twice, so that slabs are reused.
+fn offload(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
+    for round in 0..2 {
+        let mut waiting = Vec::new();
+        for index in 0..5usize {
+            let shapes = [vec![1000 * (index + 1), 33], vec![1], vec![7, 5, 3]];
+            let make = |(part, shape): (usize, &Vec<usize>)| {
+                let philox = Philox::new(11, round, index as u32, part as u32);
+                let dtype = [DType::F32, DType::BF16, DType::F16][part];
+                Ok(philox.normal(shape, &Device::Cpu)?.to_dtype(dtype)?)
+            };
+            let want = shapes.iter().enumerate().map(make).collect::<Result<Vec<_>>>()?;
+            let sent = want.iter().map(|t| Ok(t.to_device(exec.device())?)).collect::<Result<Vec<_>>>()?;
+            waiting.push((want, exec.offload(sent)?));
+            if index == 3 {
+                exec.settle_offloads()?;
+            }
+        }
+        while let Some((want, away)) = waiting.pop() {
+            if let Some((_, next)) = waiting.last_mut() {
+                next.prefetch()?;
+            }
+            for (got, want) in away.restore()?.iter().zip(&want) {
+                rows.push(bits("offload", &format!("{:?} {:?}", want.dims(), want.dtype()), got, want)?);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A few steps beside the CPU's; fp32 sums in another order, so not to the bit.

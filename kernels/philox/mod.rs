@@ -15,6 +15,8 @@ use rayon::prelude::*;
 use crate::Result;
 
 mod box_muller;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -77,8 +79,12 @@ impl Philox {
         });
     }
 
-    /// Standard normals as an F32 tensor, filled in row-major order.
+    /// Standard normals as an F32 tensor, filled in row-major order; on a card they are made there, to the same bits.
     pub fn normal(&self, shape: &[usize], device: &Device) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = crate::gpu::Gpu::of(device) {
+            return cuda::normal(&gpu, self, shape);
+        }
         let mut values = vec![0f32; shape.iter().product()];
         self.fill_normal(&mut values);
         Ok(Tensor::from_vec(values, shape, device)?)

@@ -1,6 +1,7 @@
 //! What this machine has: card, driver, memory, disk. With figures, and with a word on what they are not enough for.
 
 use std::path::Path;
+#[cfg(not(feature = "cuda"))]
 use std::process::Command;
 
 use crate::fsio;

@@ -129,8 +129,8 @@ pub struct Room {
     pub rates: Rates,
 }
 
-/// Device memory that is left to the driver, the desktop and fragmentation.
-const MARGIN: u64 = 512 << 20;
+/// Device memory that is left to kernels that load late, the desktop and fragmentation; at least a fiftieth of the card's.
+const MARGIN: u64 = 1 << 30;
 
 impl Room {
     /// What there is on the device that `exec` computes on; a `--vram_budget` in GiB lowers it.
@@ -140,7 +140,8 @@ impl Room {
         let host = ram / 10 * 7;
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, .. } = exec {
-            let free = gpu.memory()?.free.saturating_sub(MARGIN);
+            let memory = gpu.memory()?;
+            let free = memory.free.saturating_sub(MARGIN.max(memory.total / 50));
             let device = vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
             let rates = Card::find(&gpu.card().name).map_or_else(Rates::default, |card| card.rates());
             return Ok(Self { target: Target::Cuda, budget: Budget { device, host }, rates });

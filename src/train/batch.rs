@@ -84,12 +84,13 @@ impl Assembler<'_> {
         let (mut noise_b, mut timesteps) = (Vec::new(), Vec::new());
         for (sample, item) in plan.samples.iter().zip(&loaded) {
             let rounded = self.settings.compat.noise.then(|| item.latents.dtype());
-            noise_b.push(noise::sample(self.settings.seed, epoch, sample.id, item.latents.dims(), rounded)?);
+            let (seed, dims, device) = (self.settings.seed, item.latents.dims(), self.exec.device());
+            noise_b.push(noise::sample(seed, epoch, sample.id, dims, rounded, device)?);
             let mut draws = SampleDraws::new(self.settings.seed, epoch, sample.id);
             let stratum = sample.stratum.as_ref().map(std::slice::from_ref);
             timesteps.extend(self.settings.timesteps.sample(&mut draws, (rows, columns), stratum, 1));
         }
-        let noise = Tensor::stack(&noise_b, 0)?.to_device(self.exec.device())?;
+        let noise = Tensor::stack(&noise_b, 0)?;
         let sigma_b = Tensor::from_vec(self.sigmas(&timesteps)?, timesteps.len(), self.exec.device())?;
         let mut x = self.exec.run::<FlowMix>(&FlowMixArgs { latents: &latents, noise: &noise, sigma_b: &sigma_b })?;
         // A single frame has nothing left to predict beside a clean first one: pictures train as text-to-image.

@@ -27,9 +27,16 @@ impl Draws for SampleDraws {
 }
 
 /// Standard normal noise `[c, F, h, w]` of one sample, fp32. `rounded` rounds it to the dtype of the cached latents, as
-/// the old tool draws it.
-pub fn sample(seed: u64, epoch: u64, sample: u32, shape: &[usize], rounded: Option<DType>) -> Result<Tensor> {
-    let noise = Philox::new(seed, stream::NOISE, epoch as u32, sample).normal(shape, &Device::Cpu)?;
+/// the old tool draws it. Made on `device`; the values are the same everywhere.
+pub fn sample(
+    seed: u64,
+    epoch: u64,
+    sample: u32,
+    shape: &[usize],
+    rounded: Option<DType>,
+    device: &Device,
+) -> Result<Tensor> {
+    let noise = Philox::new(seed, stream::NOISE, epoch as u32, sample).normal(shape, device)?;
     Ok(match rounded {
         Some(dtype) => noise.to_dtype(dtype)?.to_dtype(DType::F32)?,
         None => noise,
