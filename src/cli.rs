@@ -173,7 +173,7 @@ pub fn command() -> Command {
         .subcommand(verb("plan", "Print what will be where in memory, and whether it fits"))
         .subcommand(
             verb("show", "Print the resolved configuration of a template, or list what is built in")
-                .arg(Arg::new("name").help("Template, or an embedded file such as datasets/NAME.toml"))
+                .arg(Arg::new("name").help("Template, an embedded file such as datasets/NAME.toml, or `options`: every option as a table"))
                 .arg(flag("json", "One flat JSON object")),
         )
         .subcommand(

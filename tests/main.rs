@@ -2,6 +2,7 @@ mod cache;
 mod checkpoint;
 mod config;
 mod data;
+mod docs;
 mod golden_support;
 mod hub;
 mod loader;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use wan_train::report::tensorboard::masked_crc32c;
-use wan_train::report::{event_dir, write_loss_curve, LossAverage, RunLog, StepLog};
+use wan_train::report::{event_dir, write_loss_curve, write_report, Point, RunLog, RunReport, StepLog};
 
 /// One protobuf field: number, and its value as a varint, fixed bytes or a length-delimited body.
 #[derive(Debug, Clone)]
@@ -131,7 +131,16 @@ fn log_steps(log: &mut RunLog, steps: std::ops::RangeInclusive<u64>) {
         let loss = 1.0 / step as f64;
         let lr = [("unet", 1e-4), ("unet plus", 4e-4)];
         let extra = [("grad_norm", 0.5)];
-        log.step(&StepLog { step, epoch: 1, loss, average: loss / 2.0, lr: &lr, extra: &extra }).unwrap();
+        log.step(&StepLog {
+            step,
+            epoch: 1,
+            loss,
+            average: loss / 2.0,
+            lr: &lr,
+            extra: &extra,
+            samples: &[(875.25, loss)],
+        })
+        .unwrap();
     }
 }
 
@@ -200,6 +209,9 @@ fn a_resumed_log_goes_on_where_the_checkpoint_was() {
         .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap())
         .collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+    let points = wan_train::report::runlog::read_points(&lines).unwrap();
+    let want = Point { step: 2, loss: 0.5, lr: 1e-4, grad_norm: 0.5, samples: vec![(875.25, 0.5)] };
+    assert_eq!(points[1], want);
     let restart: Vec<u64> = events_in(&events).iter().filter(|e| e.session_start).map(|e| e.step).collect();
     assert_eq!(restart, [4]);
     assert!(image::open(dir.path().join("loss.png")).is_ok());
@@ -212,25 +224,11 @@ fn losses_that_are_not_numbers_are_logged_as_what_they_are() {
     let mut log = RunLog::create(&dir.path().join("logs"), &lines, None).unwrap();
     let lr = [("unet", 1e-4)];
     for (step, loss) in [(1, 0.5), (2, f64::NAN), (3, f64::INFINITY)] {
-        log.step(&StepLog { step, epoch: 1, loss, average: 0.5, lr: &lr, extra: &[] }).unwrap();
+        log.step(&StepLog { step, epoch: 1, loss, average: 0.5, lr: &lr, extra: &[], samples: &[] }).unwrap();
     }
     let losses = wan_train::report::runlog::read_losses(&lines).unwrap();
     assert_eq!(losses[0], (1, 0.5));
     assert!(losses[1].1.is_nan() && losses[2].1 == f64::INFINITY);
-}
-
-#[test]
-fn the_average_spans_one_epoch() {
-    let mut average = LossAverage::default();
-    assert_eq!(average.mean(), 0.0);
-    for (step, loss) in [(0, 4.0), (1, 2.0)] {
-        average.add(step, loss);
-    }
-    assert_eq!(average.mean(), 3.0);
-    average.add(0, 1.0);
-    assert_eq!(average.mean(), 1.5);
-    let restored: LossAverage = serde_json::from_str(&serde_json::to_string(&average).unwrap()).unwrap();
-    assert_eq!(restored, average);
 }
 
 /// A curve that falls and jitters, as losses do, without a random number.
@@ -272,4 +270,88 @@ fn the_loss_curve_is_a_picture_of_the_curve() {
         write_loss_curve(&path, &strange).unwrap();
         assert!(image::open(&path).is_ok());
     }
+}
+
+/// Every tag closes in order, nothing is loaded from elsewhere, and no script runs.
+fn assert_page(html: &str) {
+    let mut open: Vec<&str> = Vec::new();
+    let void = ["meta", "line", "polyline", "rect", "!doctype"];
+    for tag in html.split('<').skip(1) {
+        let (tag, _) = tag.split_once('>').unwrap_or_else(|| panic!("an open <{tag}"));
+        let name = tag.split([' ', '/']).find(|n| !n.is_empty()).unwrap();
+        match tag.strip_prefix('/') {
+            Some(_) => assert_eq!(open.pop(), Some(name), "</{name}> closes another tag"),
+            None if void.contains(&name) => {}
+            None => open.push(name),
+        }
+    }
+    assert!(open.is_empty(), "{open:?} stay open");
+    for outside in ["http:", "https:", "src=", "href=", "<script", "javascript:", "url(", "@import"] {
+        assert!(!html.contains(outside), "{outside}");
+    }
+}
+
+#[test]
+fn a_report_is_a_page_that_stands_alone() {
+    let points: Vec<Point> = falling(2000)
+        .into_iter()
+        .map(|(step, loss)| {
+            let t = (step * 37 % 1000) as f64;
+            Point { step, loss, lr: 1e-4 / step as f64, grad_norm: 0.5, samples: vec![(t, loss)] }
+        })
+        .collect();
+    let mut report = RunReport {
+        title: "cat</title><script>alert(1)</script> & \"dog\"".into(),
+        facts: vec![("seed".into(), "42".into()), ("base".into(), "<b>x</b>".into())],
+        points,
+        dataset: "a<img src=x onerror=alert(1)>.png  used\n".into(),
+        plan: "adapters  0.5 GiB".into(),
+        measured: vec!["peak device memory: 1.00 GiB".into()],
+        options: vec![
+            ["learning_rate".into(), "0.0001".into(), "flag".into()],
+            ["network_dim".into(), "4".into(), "default".into()],
+        ],
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sub/run.html");
+    write_report(&path, &report).unwrap();
+    if let Ok(keep) = std::env::var("WAN_TRAIN_KEEP_PICTURES") {
+        fs::copy(&path, Path::new(&keep).join("report.html")).unwrap();
+    }
+    let html = fs::read_to_string(&path).unwrap();
+    assert_page(&html.replace("&lt;img src=x", "").replace("onerror", ""));
+    assert!(
+        html.contains("cat&lt;&#x2F;title&gt;&lt;script&gt;") && !html.contains("<script") && !html.contains("<img")
+    );
+    for word in ["Learning rate", "Timesteps trained on", "peak device memory: 1.00 GiB", "adapters  0.5 GiB", "0.0001"]
+    {
+        assert!(html.contains(word), "{word}");
+    }
+    assert_eq!(html.matches("<polyline").count(), 5, "loss and gradient norm twice, learning rate once");
+    assert_eq!(html.matches("<rect").count(), 20, "bins");
+    assert!(html.contains("t 500 to 550: 100 samples (5.0 %)"), "each timestep twice");
+    // Every point lies within its picture.
+    for line in html.split("points=\"").skip(1) {
+        for point in line.split('"').next().unwrap().split_whitespace() {
+            let (x, y) = point.split_once(',').unwrap();
+            let (x, y): (f64, f64) = (x.parse().unwrap(), y.parse().unwrap());
+            assert!((0.0..=900.0).contains(&x) && (0.0..=260.0).contains(&y), "{point}");
+        }
+    }
+    assert!(html.len() < 200_000, "{} bytes", html.len());
+    // Runs that went wrong, or have not begun.
+    report.points = vec![Point { step: 1, loss: f64::NAN, ..Point::default() }];
+    report.points.push(Point {
+        step: 2,
+        loss: 0.5,
+        lr: f64::NAN,
+        grad_norm: f64::INFINITY,
+        samples: vec![(f64::NAN, 1.0)],
+    });
+    write_report(&path, &report).unwrap();
+    let html = fs::read_to_string(&path).unwrap();
+    assert!(html.contains("class=\"bad\"") && html.contains("nothing was logged"));
+    report.points.clear();
+    write_report(&path, &report).unwrap();
+    assert_eq!(fs::read_dir(dir.path().join("sub")).unwrap().count(), 1, "no temporary file stays");
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde_json::Value;
 
 use super::resolve;
-use crate::config::{registry, Layer, Typed, OPTIONS};
+use crate::config::{options_markdown, registry, Layer, Typed, OPTIONS};
 use crate::error::{nearest, UserError};
 
 /// Prints a template's resolved configuration (`json`: one flat object), an embedded file as it is, or the list of both.
@@ -14,6 +14,10 @@ pub fn show(name: Option<&str>, mut typed: Typed, json: bool) -> anyhow::Result<
     let mut out = std::io::stdout().lock();
     if let Some(path) = name.filter(|n| n.contains('/')) {
         out.write_all(embedded(path)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if name == Some("options") {
+        out.write_all(options_markdown().as_bytes())?;
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(name) = name {

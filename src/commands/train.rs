@@ -11,7 +11,7 @@ use super::job::Job;
 use super::pair::Runs;
 use super::plan;
 use super::save::{self, Checkpoints};
-use super::watch::Watch;
+use super::watch::{Background, Watch};
 use super::weights;
 use crate::adapter::start;
 use crate::cache::CacheIndex;
@@ -119,7 +119,9 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     announce(job, &config, &trainer);
 
     let resumed_after = resumed.as_ref().map(|_| trainer.position().step);
-    let mut watch = Watch::new(job, &config, resumed_after)?;
+    let dataset = prepared.report();
+    let background = Background { exec: &exec, plan: &plan, dataset };
+    let mut watch = Watch::new(job, &config, resumed_after, background)?;
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();
     let outcome = outcome.map_err(|e| plan.explain(&exec, e))?;

@@ -1,30 +1,68 @@
-//! Shows and records a training run: progress line, TensorBoard and JSON-lines log, the loss curve at every save.
+//! Shows and records a training run: progress line, TensorBoard and JSON-lines log, the loss curve and a report at every
+//! save.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
+
+use wan_kernels::Exec;
 
 use super::job::Job;
+use super::plan::Planned;
 use crate::checkpoint::Position;
 use crate::config::RunConfig;
-use crate::report::{event_dir, Progress, RunLog, StepLog, Task, Work};
+use crate::plan::host_peak;
+use crate::report::runlog::read_points;
+use crate::report::{event_dir, write_report, Point, Progress, RunLog, RunReport, StepLog, Task, Work};
 use crate::train::{MicroStep, Observer, RunFacts, Saved};
 
+/// What a run stands on, for its report.
+pub struct Background<'a> {
+    pub exec: &'a Exec,
+    pub plan: &'a Planned,
+    /// What became of every file of the dataset.
+    pub dataset: String,
+}
+
 /// Listens to the trainer and passes on what people read.
-pub struct Watch {
+pub struct Watch<'a> {
     progress: Arc<dyn Progress>,
     task: Option<Box<dyn Task>>,
     log: Option<RunLog>,
     curve: Option<PathBuf>,
-    /// Losses of the micro-batches since the last optimizer step.
-    pending: Vec<f64>,
-    /// `loss/high` or `loss/low` beside the common tag, in a run that trains one of two experts.
-    expert_tag: Option<String>,
+    background: Background<'a>,
+    report: RunReport,
+    facts: RunFacts,
+    began: Instant,
+    skipped: u64,
+    /// Micro-batches since the last optimizer step.
+    pending: Pending,
+    /// The expert that this run trains, where it trains one of two.
+    expert: Option<String>,
+    /// Where the high-noise expert takes over, in 0..=1000: splits the loss of a run that trains over all noise.
+    boundary: Option<f64>,
 }
 
-impl Watch {
+#[derive(Default)]
+struct Pending {
+    losses: Vec<f64>,
+    /// Timestep and loss of each sample.
+    samples: Vec<(f64, f64)>,
+    tokens: u64,
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+impl<'a> Watch<'a> {
     /// Opens the log (none without `logging_dir`). `resumed_after` is the step a resumed run goes on from: what an
     /// interrupted run logged beyond it is cut.
-    pub fn new(job: &Job, config: &RunConfig, resumed_after: Option<u64>) -> anyhow::Result<Self> {
+    pub fn new(
+        job: &Job,
+        config: &RunConfig,
+        resumed_after: Option<u64>,
+        background: Background<'a>,
+    ) -> anyhow::Result<Self> {
+        let mut report = report_of(job, config)?;
         let (log, curve) = match &config.logging_dir {
             None => (None, None),
             Some(dir) => {
@@ -33,11 +71,27 @@ impl Watch {
                 let name = config.output_name.as_deref().unwrap_or("run");
                 let mut log = RunLog::create(&events, &dir.join(format!("{name}.jsonl")), resumed_after)?;
                 log.config(&serde_json::to_string_pretty(config)?)?;
+                report.points = read_points(log.lines_path())?;
                 (Some(log), Some(dir.join(format!("{name}-loss.png"))))
             }
         };
-        let expert_tag = config.noise_level.as_ref().map(|level| format!("loss/{level}"));
-        Ok(Self { progress: job.progress.clone(), task: None, log, curve, pending: Vec::new(), expert_tag })
+        report.dataset = background.dataset.clone();
+        report.plan = background.plan.table();
+        let boundary = config.timestep_boundary.or(job.model.experts.map(|e| e.boundary));
+        Ok(Self {
+            progress: job.progress.clone(),
+            task: None,
+            log,
+            curve,
+            background,
+            report,
+            facts: RunFacts::default(),
+            began: Instant::now(),
+            skipped: 0,
+            pending: Pending::default(),
+            expert: config.noise_level.clone(),
+            boundary: boundary.map(|b| 1000.0 * b),
+        })
     }
 
     /// Where the events, the JSON lines and the curve are.
@@ -65,27 +119,122 @@ impl Watch {
             self.record(|log| log.write_curve(&curve));
         }
     }
+
+    /// Mean loss of the samples of either expert: `loss/high`, `loss/low`.
+    fn by_expert(&self, loss: f64) -> Vec<(String, f64)> {
+        if let Some(level) = &self.expert {
+            return vec![(format!("loss/{level}"), loss)];
+        }
+        let Some(boundary) = self.boundary else { return Vec::new() };
+        let mean = |high: bool| {
+            let own: Vec<f64> =
+                self.pending.samples.iter().filter(|s| (s.0 >= boundary) == high).map(|s| s.1).collect();
+            (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64)
+        };
+        let tags = [("loss/high", mean(true)), ("loss/low", mean(false))];
+        tags.into_iter().filter_map(|(tag, mean)| Some((tag.to_string(), mean?))).collect()
+    }
+
+    /// Memory in GiB: of the card now and at most, of this process at most.
+    fn memory(&self) -> Vec<(&'static str, f64)> {
+        let mut all = Vec::new();
+        #[cfg(feature = "cuda")]
+        if let Exec::Cuda { gpu, .. } = self.background.exec {
+            if let Ok(m) = gpu.memory() {
+                all.extend([("mem/device_gib", m.used as f64 / GIB), ("mem/device_peak_gib", m.peak as f64 / GIB)]);
+            }
+        }
+        all.extend(host_peak().map(|bytes| ("mem/host_peak_gib", bytes as f64 / GIB)));
+        all
+    }
+
+    fn write_report(&mut self, lora: &Path) {
+        let points = &self.report.points;
+        let done = points.last().map_or(0, |p| p.step);
+        let recent: Vec<f64> =
+            points.iter().rev().take(self.facts.batches_per_epoch.max(1) as usize).map(|p| p.loss).collect();
+        let mean = recent.iter().sum::<f64>() / recent.len().max(1) as f64;
+        self.report.facts.retain(|(name, _)| !LIVE.contains(&name.as_str()));
+        let live = [
+            format!("{done} of {}", self.facts.total_steps),
+            format!(
+                "{} of {} batches, {} samples each",
+                self.facts.total_epochs, self.facts.batches_per_epoch, self.facts.samples_per_epoch
+            ),
+            format!("{} numbers in {} adapters", self.facts.trainable, self.facts.sites),
+            format!("{mean:.5}"),
+            self.skipped.to_string(),
+            crate::report::progress::clock(self.began.elapsed()),
+            chrono::Local::now().format("%Y-%m-%d %H:%M:%S").to_string(),
+        ];
+        self.report.facts.extend(LIVE.iter().map(|n| n.to_string()).zip(live));
+        self.report.measured = self.background.plan.measured(self.background.exec);
+        if let Some(bytes) = host_peak() {
+            self.report.measured.push(format!("peak host memory of this process: {:.2} GiB", bytes as f64 / GIB));
+        }
+        // As the log: what cannot be written must not end the training.
+        if let Err(error) = write_report(&lora.with_extension("html"), &self.report) {
+            self.progress.say(&format!("warning: no report was written: {error:#}"));
+        }
+    }
 }
 
-impl Observer for Watch {
+/// Facts of a report that change from save to save.
+const LIVE: [&str; 7] =
+    ["steps", "epochs", "trained", "mean loss of the last epoch", "steps skipped", "time in this session", "written"];
+
+/// What a report says about a run from its start.
+fn report_of(job: &Job, config: &RunConfig) -> anyhow::Result<RunReport> {
+    let name = |p: &Option<PathBuf>| {
+        p.as_ref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    };
+    let mut facts = vec![("task".to_string(), config.task.clone()), ("base".into(), name(&config.dit))];
+    facts.extend(config.noise_level.clone().map(|level| ("expert".to_string(), format!("{level} noise"))));
+    facts.push(("program".into(), format!("wan-train {}", env!("CARGO_PKG_VERSION"))));
+    facts.push(("seed".into(), config.seed.map(|s| s.to_string()).unwrap_or_default()));
+    let mut options = Vec::new();
+    if let serde_json::Value::Object(all) = serde_json::to_value(config)? {
+        for (option, value) in all {
+            let value = match value {
+                serde_json::Value::String(s) => s,
+                serde_json::Value::Null => "not set".into(),
+                other => other.to_string(),
+            };
+            let origin = job.resolved.origin.get(option.as_str()).map_or("default".into(), |o| o.to_string());
+            options.push([option, value, origin]);
+        }
+    }
+    let title = config.output_name.clone().unwrap_or_else(|| "training run".into());
+    Ok(RunReport { title, facts, options, ..RunReport::default() })
+}
+
+impl Observer for Watch<'_> {
     fn started(&mut self, facts: &RunFacts, from: &Position) {
+        self.facts = *facts;
         let work = Work { what: "training", unit: "step", start: from.step, total: facts.total_steps };
         self.task = Some(self.progress.begin(work));
     }
 
     fn micro_step(&mut self, step: &MicroStep) {
-        self.pending.push(f64::from(step.loss));
+        self.pending.losses.push(f64::from(step.loss));
+        self.pending.tokens += step.tokens;
+        let samples = step.timesteps.iter().zip(step.per_sample).map(|(t, l)| (f64::from(t.t), f64::from(*l)));
+        self.pending.samples.extend(samples);
         let Some(update) = step.update else { return };
-        let loss = self.pending.iter().sum::<f64>() / self.pending.len() as f64;
-        self.pending.clear();
+        let loss = self.pending.losses.iter().sum::<f64>() / self.pending.losses.len() as f64;
         if let Some(why) = &update.skipped {
+            self.skipped += 1;
             self.progress.say(&format!("warning: step {} was skipped: {why}", step.step));
         }
         let mut lr = vec![("unet", step.lr)];
         lr.extend(step.lr_plus.map(|plus| ("unet plus", plus)));
-        let tag = self.expert_tag.clone();
+        let by_expert = self.by_expert(loss);
         let mut extra = vec![("grad_norm", update.grad_norm), ("perf/s_per_step", update.seconds)];
-        extra.extend(tag.as_deref().map(|tag| (tag, loss)));
+        if update.seconds > 0.0 {
+            extra.push(("perf/tokens_per_s", self.pending.tokens as f64 / update.seconds));
+        }
+        extra.extend(by_expert.iter().map(|(tag, loss)| (tag.as_str(), *loss)));
+        extra.extend(self.memory());
         if let Some(norms) = &update.norms {
             extra.extend([
                 ("max_norm/keys_scaled", norms.keys_scaled as f64),
@@ -94,7 +243,11 @@ impl Observer for Watch {
             ]);
         }
         let (at, epoch, average) = (step.step, step.epoch, step.average);
-        self.record(|log| log.step(&StepLog { step: at, epoch, loss, average, lr: &lr, extra: &extra }));
+        let samples = std::mem::take(&mut self.pending).samples;
+        self.record(|log| {
+            log.step(&StepLog { step: at, epoch, loss, average, lr: &lr, extra: &extra, samples: &samples })
+        });
+        self.report.points.push(Point { step: at, loss, lr: step.lr, grad_norm: update.grad_norm, samples });
         if let Some(task) = &mut self.task {
             task.advance(1, &format!("epoch {epoch}, loss {loss:.4} (avr {average:.4}), lr {:.3e}", step.lr));
         }
@@ -110,7 +263,14 @@ impl Observer for Watch {
         }
         for path in &saved.removed {
             self.progress.say(&format!("removed {}", path.display()));
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                // Gone already where reports could not be written.
+                let _ = std::fs::remove_file(path.with_extension("html"));
+            }
         }
         self.draw();
+        if let Some(lora) = &saved.lora {
+            self.write_report(lora);
+        }
     }
 }

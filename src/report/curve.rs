@@ -38,7 +38,7 @@ pub fn write_loss_curve(path: &Path, points: &[(u64, f64)]) -> anyhow::Result<()
 
 /// Exponential moving average whose first values are not pulled to zero; it looks back over about a fifteenth of the
 /// series.
-fn smoothed(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
+pub(super) fn smoothed(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
     let keep = 1.0 - 2.0 / ((points.len() as f64 / 15.0).clamp(1.0, 200.0) + 1.0);
     let (mut sum, mut weight) = (0.0, 0.0);
     let mut average = |loss: f64| {
@@ -83,7 +83,7 @@ impl Axes {
 }
 
 /// Round numbers in a range, about `wanted` of them, and how many decimals show them apart.
-fn ticks((low, high): (f64, f64), wanted: f64, smallest: f64) -> (Vec<f64>, usize) {
+pub(super) fn ticks((low, high): (f64, f64), wanted: f64, smallest: f64) -> (Vec<f64>, usize) {
     let rough = ((high - low) / wanted).max(f64::MIN_POSITIVE);
     let power = 10f64.powf(rough.log10().floor());
     let unit = [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * power >= rough * 0.999).unwrap_or(10.0) * power;

@@ -6,36 +6,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
 use super::curve::write_loss_curve;
 use super::tensorboard::EventWriter;
 use crate::fsio;
-
-/// Mean loss over the last epoch's length of steps: a slot for each step of an epoch, overwritten when it comes again.
-/// Part of the training state, so that a resumed run logs the same averages.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct LossAverage {
-    slots: Vec<f64>,
-}
-
-impl LossAverage {
-    /// `step_in_epoch` counts from 0.
-    pub fn add(&mut self, step_in_epoch: usize, loss: f64) {
-        if step_in_epoch >= self.slots.len() {
-            self.slots.resize(step_in_epoch + 1, 0.0);
-        }
-        self.slots[step_in_epoch] = loss;
-    }
-
-    pub fn mean(&self) -> f64 {
-        match self.slots.len() {
-            0 => 0.0,
-            n => self.slots.iter().sum::<f64>() / n as f64,
-        }
-    }
-}
 
 /// What one step has to tell.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +25,20 @@ pub struct StepLog<'a> {
     pub lr: &'a [(&'a str, f64)],
     /// Anything else, under its full tag (`grad_norm`, `time/step`, `loss/high`).
     pub extra: &'a [(&'a str, f64)],
+    /// Timestep and loss of each sample; in the JSON lines only.
+    pub samples: &'a [(f64, f64)],
+}
+
+/// One step as it was logged.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Point {
+    pub step: u64,
+    pub loss: f64,
+    pub lr: f64,
+    /// NaN where it was not logged.
+    pub grad_norm: f64,
+    /// Timestep and loss of each sample.
+    pub samples: Vec<(f64, f64)>,
 }
 
 /// Writes the log of a run as it goes.
@@ -105,6 +94,11 @@ impl RunLog {
         line.insert("step".into(), json!(log.step));
         line.insert("epoch".into(), json!(log.epoch));
         line.extend(scalars.into_iter().map(|(tag, value)| (tag, number(value))));
+        if !log.samples.is_empty() {
+            let short = |v: f64| number((v * 1e5).round() / 1e5);
+            let samples = log.samples.iter().map(|(t, loss)| json!([short(*t), short(*loss)])).collect();
+            line.insert("samples".into(), Value::Array(samples));
+        }
         self.line(line)
     }
 
@@ -158,14 +152,27 @@ fn kept_lines(path: &Path, step: u64) -> String {
     text.lines().filter(|line| step_of(line).is_some_and(|s| s <= step)).map(|line| format!("{line}\n")).collect()
 }
 
-/// `(step, loss)` of every line of a log; torn lines are left out.
-pub fn read_losses(path: &Path) -> Result<Vec<(u64, f64)>> {
+/// Every step of a log; torn lines are left out.
+pub fn read_points(path: &Path) -> Result<Vec<Point>> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let loss_of = |line: &str| {
+    let float = |v: &Value| v.as_f64().or_else(|| v.as_str()?.parse().ok());
+    let point = |line: &str| {
         let value: Value = serde_json::from_str(line).ok()?;
-        let loss = value.get("loss/current")?;
-        let loss = loss.as_f64().or_else(|| loss.as_str()?.parse().ok())?;
-        Some((value.get("step")?.as_u64()?, loss))
+        let of = |tag: &str| value.get(tag).and_then(float);
+        let pair = |v: &Value| Some((float(v.get(0)?)?, float(v.get(1)?)?));
+        let samples = value.get("samples").and_then(Value::as_array);
+        Some(Point {
+            step: value.get("step")?.as_u64()?,
+            loss: of("loss/current")?,
+            lr: of("lr/unet").unwrap_or(f64::NAN),
+            grad_norm: of("grad_norm").unwrap_or(f64::NAN),
+            samples: samples.map(|all| all.iter().filter_map(pair).collect()).unwrap_or_default(),
+        })
     };
-    Ok(String::from_utf8_lossy(&text).lines().filter_map(loss_of).collect())
+    Ok(String::from_utf8_lossy(&text).lines().filter_map(point).collect())
+}
+
+/// `(step, loss)` of every line of a log.
+pub fn read_losses(path: &Path) -> Result<Vec<(u64, f64)>> {
+    Ok(read_points(path)?.into_iter().map(|p| (p.step, p.loss)).collect())
 }

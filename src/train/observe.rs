@@ -33,6 +33,8 @@ pub struct MicroStep<'a> {
     pub epoch: u64,
     /// Of the epoch, from 1.
     pub micro_batch: u64,
+    /// Latent tokens of all samples.
+    pub tokens: u64,
     pub loss: f32,
     /// Moving average over an epoch's worth of micro-batches.
     pub average: f64,

@@ -204,6 +204,7 @@ impl<'a> Trainer<'a> {
                     step: self.position.step + u64::from(!due),
                     epoch: self.position.epoch + 1,
                     micro_batch: self.position.micro_batch,
+                    tokens: self.tokens(&batch)?,
                     loss,
                     average,
                     per_sample: &per_sample,
@@ -251,6 +252,13 @@ impl<'a> Trainer<'a> {
             false => group.bad = true,
         }
         Ok((loss.mean, loss.per_sample))
+    }
+
+    /// Tokens that the model sees of a batch's latents.
+    fn tokens(&self, batch: &Batch) -> Result<u64> {
+        let (samples, _, f, h, w) = batch.latents.dims5()?;
+        let [f, h, w] = self.parts.model.arch().grid([f, h, w])?;
+        Ok((samples * f * h * w) as u64)
     }
 
     /// The rates of the main group and of the LoRA+ group at the current step.

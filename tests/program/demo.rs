@@ -45,6 +45,22 @@ fn the_demo_trains_and_leaves_what_it_says() {
     let (first, final_) = (mean(&lines[..8]), mean(&lines[40..]));
     assert!(final_ < 0.9 * first, "the loss went from {first} to {final_}");
 
+    // A report beside each checkpoint, with what was trained on, planned and set.
+    for lora in &loras {
+        let html = std::fs::read_to_string(lora.with_extension("html")).unwrap();
+        let step = if lora == last { "48 of 48" } else { "24 of 48" };
+        for word in
+            [step, "chelsea.png", "memory plan for the largest batch", "peak host memory", "learning_rate", "<polyline"]
+        {
+            assert!(html.contains(word), "`{word}` is not in the report of {}", lora.display());
+        }
+    }
+    let line = &lines[5];
+    for tag in ["grad_norm", "perf/s_per_step", "perf/tokens_per_s", "mem/host_peak_gib"] {
+        assert!(line[tag].as_f64().is_some_and(|v| v > 0.0), "{tag}: {line}");
+    }
+    assert_eq!(line["samples"].as_array().unwrap().len(), 1, "{line}");
+
     let curve = image::open(&bench.outputs("-loss.png")[0]).unwrap().to_rgb8();
     let colours: std::collections::BTreeSet<_> = curve.pixels().map(|p| p.0).collect();
     assert!(curve.width() >= 320 && colours.len() > 3, "a drawn picture");
