@@ -40,6 +40,19 @@ pub enum Invocation {
         device: String,
     },
     Setup(SetupOptions),
+    Check {
+        typed: Typed,
+        fix: bool,
+    },
+    Templates {
+        base_dir: PathBuf,
+        files: Vec<PathBuf>,
+    },
+    InitDataset {
+        dir: PathBuf,
+        output: Option<PathBuf>,
+        force: bool,
+    },
 }
 
 /// What `setup` gets, and from where.
@@ -136,6 +149,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             golden: m.get_one::<PathBuf>("golden").cloned(),
             device: m.get_one::<String>("device").cloned().unwrap_or_default(),
         },
+        Some(("check", m)) => Invocation::Check { typed: typed(m), fix: m.get_flag("fix") },
+        Some(("templates", m)) => Invocation::Templates {
+            base_dir: m.get_one::<PathBuf>("base_dir").cloned().unwrap_or_default(),
+            files: m.get_many::<PathBuf>("files").into_iter().flatten().cloned().collect(),
+        },
+        Some(("init-dataset", m)) => Invocation::InitDataset {
+            dir: m.get_one::<PathBuf>("dir").cloned().unwrap_or_default(),
+            output: m.get_one::<PathBuf>("output").cloned(),
+            force: m.get_flag("force"),
+        },
         Some(("setup", m)) => {
             let path = |name: &str| m.get_one::<PathBuf>(name).cloned();
             let mut wan21: Vec<String> = m.get_many::<String>("wan21").into_iter().flatten().cloned().collect();
@@ -218,12 +241,39 @@ pub fn command() -> Command {
         )
         .subcommand(lora::command())
         .subcommand(
+            verb("check", "Check settings, files, media and captions; show every bucket, the time and the memory")
+                .arg(flag("fix", "Put right in the dataset file what has one right answer (comments stay)")),
+        )
+        .subcommand(
+            Command::new("templates")
+                .about("List the templates, with what they need and whether it is there")
+                .arg(base_dir())
+                .arg(
+                    Arg::new("files")
+                        .value_name("FILE")
+                        .num_args(0..)
+                        .value_parser(clap::value_parser!(PathBuf))
+                        .help("Templates of your own, beside those in the base directory"),
+                ),
+        )
+        .subcommand(
+            Command::new("init-dataset")
+                .visible_alias("init_dataset")
+                .about("Write a dataset file for a folder of pictures and clips")
+                .arg(
+                    Arg::new("dir")
+                        .value_name("DIR")
+                        .required(true)
+                        .value_parser(clap::value_parser!(PathBuf))
+                        .help("Folder with the media, or with subfolders of them"),
+                )
+                .arg(path("output", "FILE", "Where to write it (default: DIR/dataset.toml)").short('o'))
+                .arg(flag("force", "Replace a file that is there")),
+        )
+        .subcommand(
             Command::new("setup")
                 .about("Look at the machine, make the directories, get the model files")
-                .arg(
-                    path("base_dir", "DIR", "Directory that holds models, datasets, outputs")
-                        .default_value("./local_training"),
-                )
+                .arg(base_dir())
                 .arg(flag("include_i2v", "Wan 2.2 image-to-video too, not text-to-video alone"))
                 .arg(
                     Arg::new("wan21")
@@ -286,6 +336,10 @@ fn flag(name: &'static str, help: &'static str) -> Arg {
 
 fn path(name: &'static str, value: &'static str, help: &'static str) -> Arg {
     Arg::new(name).long(name).value_name(value).value_parser(clap::value_parser!(PathBuf)).help(help)
+}
+
+fn base_dir() -> Arg {
+    path("base_dir", "DIR", "Directory that holds models, datasets, outputs").default_value("./local_training")
 }
 
 fn run_args(command: Command) -> Command {

@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 
 use wan_train::error::UserError;
-use wan_train::{cli, commands};
+use wan_train::{cli, commands, report};
 
 fn main() -> ExitCode {
     wan_kernels::heap::map_large_buffers();
+    report::trace::start();
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => {

@@ -44,6 +44,7 @@ pub struct Prepared {
 impl Prepared {
     /// Scans the dataset and compares every cache file with its recipe. Without `models` (training on caches that are
     /// there already) missing model files are no error: then their fingerprints are not compared.
+    #[tracing::instrument(level = "debug", skip_all, name = "survey")]
     pub fn new(job: &Job, models: bool) -> anyhow::Result<Self> {
         Self::for_work(job, models.then_some(CacheWhat::Both))
     }
@@ -58,6 +59,7 @@ impl Prepared {
     }
 
     /// Loads what is needed for what is missing, uses it, drops it: the VAE first, then the text encoder.
+    #[tracing::instrument(level = "debug", skip_all, name = "encode")]
     pub fn make(&mut self, job: &Job, what: CacheWhat) -> anyhow::Result<()> {
         if self.scan.check().is_err() {
             return Ok(()); // the table comes first, then the error

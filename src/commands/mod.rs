@@ -2,7 +2,9 @@
 
 mod bench;
 mod cache;
+mod check;
 mod demo;
+mod init_dataset;
 mod job;
 mod lora;
 mod machine;
@@ -15,6 +17,7 @@ mod setup;
 mod show;
 #[cfg(feature = "cuda")]
 mod synthetic;
+mod templates;
 mod text;
 mod train;
 mod verify;
@@ -37,6 +40,9 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
         Invocation::Bench { typed, options } => bench::run(typed, &options),
         Invocation::Lora(job) => lora::run(job),
+        Invocation::Check { typed, fix } => check::run(&Runs::of(&typed)?, fix),
+        Invocation::Templates { base_dir, files } => templates::run(&base_dir, &files),
+        Invocation::InitDataset { dir, output, force } => init_dataset::run(&dir, output.as_deref(), force),
         Invocation::Setup(options) => setup::run(&options),
         Invocation::Musubi(words) => musubi::run(&words),
         Invocation::Verify { golden, device } => verify::run(golden.as_deref(), &device),

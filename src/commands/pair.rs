@@ -3,6 +3,7 @@
 //! Both write under names with one time stamp. A record beside them remembers the stamp and which expert is finished, so
 //! that the same command, typed again, goes on with the right one from its last state.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -57,16 +58,23 @@ impl Runs {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Everything that can be found wrong before the first hour is spent, of every run that is still to be done.
-    pub fn check(&self) -> anyhow::Result<()> {
+    /// Finds wrong what can be found before the first hour is spent, and gets what is missing and can be had, for every
+    /// run that is still to be done.
+    pub fn get_ready(&self) -> anyhow::Result<()> {
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
+            weights::check_save_merged(&job.config)?;
             let seed = job.config.seed.unwrap_or_default();
             TrainSettings::from_config(&job.config, &job.model, seed)?;
             weights::open_dit(job)?;
             weights::fetch_lightning(job)?;
             weights::check_merges(job, &job.config)?;
+            weights::save_merged(job)?;
         }
         Ok(())
+    }
+
+    pub fn jobs(&self) -> &[Job] {
+        &self.jobs
     }
 
     /// Trains what is to be trained on a surveyed dataset whose caches are complete.
@@ -248,7 +256,8 @@ impl Record {
     fn read(path: &Path) -> anyhow::Result<Option<Self>> {
         let text = match std::fs::read(path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            // A place that cannot be is complained of by whoever writes there.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
             Err(e) => return Err(fsio::explain(e, path)),
         };
         let record = serde_json::from_slice(&text).map_err(|e| {

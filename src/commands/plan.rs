@@ -33,12 +33,20 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
     };
     // Without the file the published 16-bit checkpoints are assumed.
     let source = weights::open_dit(job).ok();
-    let plan = planned(job, &job.config, &settings, &Room::asked(job)?, (bucket, batch), source.as_ref())?;
+    let plan = planned(
+        job,
+        &job.config,
+        &settings,
+        &Room::asked(&job.config, &job.config.device, || job.exec())?,
+        (bucket, batch),
+        source.as_ref(),
+    )?;
     println!("{}", plan.table());
     Ok(ExitCode::SUCCESS)
 }
 
 /// The plan of a training run over an index.
+#[tracing::instrument(level = "debug", skip_all, name = "plan")]
 pub fn for_training(
     job: &Job,
     config: &RunConfig,
@@ -151,16 +159,16 @@ impl Room {
     }
 
     /// The same for planning only: a budget for a card is a question about a card, also on a machine that has none.
-    fn asked(job: &Job) -> anyhow::Result<Self> {
-        let exec = match job.config.device.as_str() {
-            "cuda" => job.exec().unwrap_or_else(|_| Exec::cpu()),
-            _ => job.exec()?,
+    fn asked(config: &RunConfig, device: &str, exec: impl Fn() -> anyhow::Result<Exec>) -> anyhow::Result<Self> {
+        let exec = match device {
+            "cuda" => exec().unwrap_or_else(|_| Exec::cpu()),
+            _ => exec()?,
         };
-        let room = Self::on(&exec, job.config.vram_budget)?;
-        let gib = match (room.target, job.config.vram_budget) {
+        let room = Self::on(&exec, config.vram_budget)?;
+        let gib = match (room.target, config.vram_budget) {
             (Target::Cuda, _) => return Ok(room),
             (Target::Cpu, Some(gib)) => gib,
-            (Target::Cpu, None) if job.config.device == "cuda" => {
+            (Target::Cpu, None) if device == "cuda" => {
                 Card::find("").map_or(24.0, |card| card.memory_gib) - MARGIN as f64 / GIB
             }
             (Target::Cpu, None) => return Ok(room),
@@ -184,14 +192,47 @@ pub fn wishes(job: &Job, config: &RunConfig) -> Wishes {
     }
 }
 
-fn planned(
+/// What a run will cost: the plan of its largest batch, and under it the seconds of a batch of each bucket.
+pub struct Forecast {
+    pub device_bytes: u64,
+    pub budget: u64,
+    pub seconds: Vec<f64>,
+    /// There is no card here: the figures are for a usual one.
+    pub assumed: bool,
+}
+
+/// The forecast of a run over these buckets (size, items a batch), on the card that is here or else on a usual one of
+/// 24 GB; `None` where the run computes on the CPU.
+pub fn forecast(
+    job: &Job,
+    settings: &TrainSettings,
+    buckets: &[(BucketKey, usize)],
+    source: Option<&Source>,
+) -> anyhow::Result<Option<Forecast>> {
+    if job.config.device == "cpu" || job.config.task == super::demo::TASK {
+        return Ok(None);
+    }
+    let exec = job.exec().unwrap_or_else(|_| Exec::cpu());
+    let assumed = exec.device().is_cpu();
+    let room = Room::asked(&job.config, "cuda", || Ok(exec.clone()))?;
+    let plan = planned(job, &job.config, settings, &room, largest(buckets.iter().copied())?, source)?.plan;
+    let seconds = |&(bucket, batch): &(BucketKey, usize)| {
+        let work = work(job, &job.config, settings, &room, bucket, batch, source)?;
+        Ok(plan::predict(&work, &room.rates, &plan.arrangement))
+    };
+    let seconds = buckets.iter().map(seconds).collect::<anyhow::Result<_>>()?;
+    Ok(Some(Forecast { device_bytes: plan.memory.device(), budget: plan.budget.device, seconds, assumed }))
+}
+
+fn work(
     job: &Job,
     config: &RunConfig,
     settings: &TrainSettings,
     room: &Room,
-    (bucket, batch): (BucketKey, usize),
+    bucket: BucketKey,
+    batch: usize,
     source: Option<&Source>,
-) -> anyhow::Result<Planned> {
+) -> anyhow::Result<plan::Job> {
     let geometry = geometry(job);
     let [_, f, h, w] = geometry.shape((bucket.width as u32, bucket.height as u32), bucket.frames);
     let shape = RunShape {
@@ -205,7 +246,18 @@ fn planned(
         adapter: settings.network.adapter,
         sites: select(&job.model.arch, &settings.network.patterns)?,
     };
-    let work = plan::Job::from_config(config, &job.model.arch, &shape);
+    Ok(plan::Job::from_config(config, &job.model.arch, &shape))
+}
+
+fn planned(
+    job: &Job,
+    config: &RunConfig,
+    settings: &TrainSettings,
+    room: &Room,
+    (bucket, batch): (BucketKey, usize),
+    source: Option<&Source>,
+) -> anyhow::Result<Planned> {
+    let work = work(job, config, settings, room, bucket, batch, source)?;
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => Ok(Planned { plan, bucket, batch }),
         Err(shortfall) => Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))
@@ -216,7 +268,7 @@ fn planned(
     }
 }
 
-fn geometry(job: &Job) -> LatentGeometry {
+pub fn geometry(job: &Job) -> LatentGeometry {
     (&super::cache::published_vae(job)).into()
 }
 

@@ -10,7 +10,7 @@ pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
     let job = runs.first();
     job.catch_interrupts();
     // What training needs is needed last and checked first: hours of caching for a missing file would be lost.
-    runs.check()?;
+    runs.get_ready()?;
     let mut prepared = Prepared::new(job, true)?;
     prepared.make(job, CacheWhat::Both)?;
     prepared.table(job);

@@ -82,6 +82,7 @@ impl Checkpoints {
 }
 
 impl Saver for Checkpoints {
+    #[tracing::instrument(level = "debug", skip_all, name = "save")]
     fn save(&mut self, when: When, state: bool, trainer: &Trainer) -> anyhow::Result<Saved> {
         let (lora, state_dir) = match when {
             When::Epoch(epoch) => (self.names.epoch_file(epoch), self.names.epoch_state(epoch)),

@@ -25,7 +25,7 @@ use crate::train::{state, Outcome, Parts, TrainSettings, Trainer};
 pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
     let job = runs.first();
     job.catch_interrupts();
-    runs.check()?;
+    runs.get_ready()?;
     let mut prepared = Prepared::new(job, false)?;
     prepared.table(job);
     prepared.scan.check()?;
@@ -49,6 +49,7 @@ impl Ended {
 }
 
 /// Trains on a surveyed dataset whose caches are complete; goes on from `state` if there is one.
+#[tracing::instrument(level = "debug", skip_all, name = "train")]
 pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyhow::Result<Ended> {
     let say = |line: &str| job.progress.say(line);
     let (mut config, resumed) = continued(job, state)?;

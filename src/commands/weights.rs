@@ -1,8 +1,9 @@
 //! The DiT's weights: opened and checked by their header first, then loaded with LoRAs merged and quantised as asked.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use wan_models::arch::{ModelFile, Role};
 use wan_models::wan::{BlockWeights, WanWeights};
 
 use super::{job::Job, setup};
@@ -12,6 +13,7 @@ use crate::error::UserError;
 use crate::fsio;
 use crate::hub::{self, Hub};
 use crate::loader::{check_precision, load_dit_by_block, DitTable, Fp8, LoadOptions, LoraMerge, Progress, Source};
+use crate::lora::merge;
 use crate::report::Work;
 
 /// Opens the DiT and holds it against the task: a wrong file is found here, before anything is read.
@@ -27,6 +29,7 @@ pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
 }
 
 /// Reads the weights tensor by tensor to where they will be: blocks that stream to host memory, all others to `device`.
+#[tracing::instrument(level = "debug", skip_all, name = "load the DiT")]
 pub fn load(
     job: &Job,
     config: &RunConfig,
@@ -67,16 +70,19 @@ fn fp8(config: &RunConfig) -> Fp8 {
     }
 }
 
-/// Gets the Lightning LoRA of a template where it is missing: the one of this model and this expert, checked.
-pub fn fetch_lightning(job: &Job) -> anyhow::Result<()> {
-    let Some((role, file)) = job.model_lightning().and_then(|role| Some((role, hub::file(&job.model, role)?))) else {
-        return Ok(());
-    };
+/// The Lightning LoRA of a template where it is missing: the one of this model and this expert, and where it goes.
+pub fn lightning_to_fetch(job: &Job) -> Option<(Role, &ModelFile, PathBuf)> {
+    let role = job.model_lightning()?;
+    let file = hub::file(&job.model, role)?;
     let dir = job.config.base_dir.join(hub::folder(role));
     let path = dir.join(&file.name);
-    if path.exists() || !job.config.base_weights.iter().any(|wanted| Path::new(wanted) == path) {
-        return Ok(());
-    }
+    let wanted = job.config.base_weights.iter().any(|wanted| Path::new(wanted) == path);
+    (wanted && !path.exists()).then_some((role, file, dir))
+}
+
+/// Gets it, checked. An error says how to do without.
+pub fn fetch_lightning(job: &Job) -> anyhow::Result<()> {
+    let Some((role, file, dir)) = lightning_to_fetch(job) else { return Ok(()) };
     job.progress.say(&format!("the {} is not here yet and is downloaded", hub::role_name(role)));
     let got = setup::get(file, &dir, &Hub::from_env(), job.progress.as_ref(), &job.stop);
     got.map(drop).map_err(|error| match error.downcast::<UserError>() {
@@ -107,6 +113,30 @@ pub fn check_merges(job: &Job, config: &RunConfig) -> anyhow::Result<()> {
         _ => error.hint("check the path"),
     }
     .into())
+}
+
+/// Writes the DiT with its LoRAs merged to the file of `--save_merged`, tensor by tensor, if it is not there yet.
+pub fn save_merged(job: &Job) -> anyhow::Result<()> {
+    let c = &job.config;
+    let Some(path) = c.save_merged.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
+    let files: Vec<PathBuf> = c.base_weights.iter().map(PathBuf::from).collect();
+    let strength = |i: usize| c.base_weights_multiplier.get(i).map_or(Ok(1.0), |w| w.parse::<f64>());
+    let strengths = (0..files.len()).map(strength).collect::<Result<Vec<_>, _>>()?;
+    let source = open_dit(job)?;
+    let total = source.total_bytes();
+    fsio::require_space(path, total, &format!("the merged model {}", path.display()))?;
+    let changed = merge::into_dit(&source, &merge::open(&files, &strengths)?, path, job.progress.as_ref())?;
+    job.progress.say(&format!("wrote the merged model {} ({changed} tensors changed)", path.display()));
+    Ok(())
+}
+
+/// A file for the merged model needs something to merge.
+pub fn check_save_merged(c: &RunConfig) -> Result<(), UserError> {
+    match (&c.save_merged, c.base_weights.is_empty()) {
+        (Some(path), true) => Err(UserError::usage(format!("there is nothing to merge into {}", path.display()))
+            .hint("--save_merged goes with a Lightning template or with --base_weights")),
+        _ => Ok(()),
+    }
 }
 
 fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {

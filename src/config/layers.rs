@@ -88,6 +88,11 @@ pub fn resolve_runs(typed: &Typed, stamp: &str) -> anyhow::Result<Vec<Resolved>>
     ["high", "low"].into_iter().map(|level| asked.run(Some(level), true, stamp)).collect()
 }
 
+/// Whether a template trains one of two experts.
+pub fn has_experts(template: &str) -> anyhow::Result<bool> {
+    Ok(template_chain(template, None, 0)?.1)
+}
+
 /// File and flags as they were given, checked but not laid over anything yet.
 struct Asked {
     file: Option<(PathBuf, Map<String, Value>)>,
@@ -201,6 +206,12 @@ impl Stack {
 /// What templates say of an expert of a pair, worked out where there is none: its own name, and its own timesteps.
 fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
     let c = &mut r.config;
+    let level = c.noise_level.clone().unwrap_or_default();
+    // Two merged models do not fit one file.
+    c.save_merged = c.save_merged.as_ref().map(|path| {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        path.with_file_name(format!("{stem}-{level}.safetensors"))
+    });
     if c.template.is_some() {
         return Ok(());
     }
@@ -215,7 +226,6 @@ fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
         (c.min_timestep, c.max_timestep) = (Some(low_end), Some(high_end));
         r.origin.extend([("min_timestep", Layer::Derived), ("max_timestep", Layer::Derived)]);
     }
-    let level = c.noise_level.clone().unwrap_or_default();
     c.output_name = c.output_name.as_ref().map(|name| format!("{name}-{level}"));
     Ok(())
 }

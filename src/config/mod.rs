@@ -5,6 +5,6 @@ mod options;
 mod reference;
 pub mod registry;
 
-pub use layers::{line_column, resolve, resolve_runs, unknown, Layer, Resolved, Typed};
+pub use layers::{has_experts, line_column, resolve, resolve_runs, unknown, Layer, Resolved, Typed};
 pub use options::{find, Kind, Opt, RunConfig, OPTIONS, SCHEDULES, TASKS, TIMESTEP_MODES};
 pub use reference::options_markdown;

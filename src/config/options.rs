@@ -156,6 +156,7 @@ options! {
         vae_cache_cpu: bool = false; "Keep the VAE's causal feature cache in host memory"
         base_weights: Vec<String> = vec![]; "LoRA files merged into the DiT while it loads"
         base_weights_multiplier: Vec<String> = vec![]; "Strength of each --base_weights file (default 1.0)"
+        save_merged: Option<PathBuf> = None; "Write the DiT with all --base_weights merged to this file too, if it is not there"
         skip_lightning: bool = false; "Lightning templates: train on the plain weights, without the Lightning LoRA"
         force_v2_1_time_embedding: bool = true; "Compute the time embedding once a sample, not once a token (exact; always so here)"
     }

@@ -81,16 +81,33 @@ impl DatasetConfig {
                 .hint("add a [[datasets]] table with image_directory or video_directory")
                 .into());
         }
-        let mut entries = Vec::new();
+        let (mut entries, mut faults) = (Vec::new(), Vec::new());
         for (index, node) in lists.iter().enumerate() {
             let Value::Table(own) = &node.value else {
                 return Err(at(path, node.line, "`datasets` must be a list of tables: [[datasets]]").into());
             };
             let section = Section { file: path, name: dataset_name(index), own, general, shared: &SHARED };
-            entries.push(entry(&section, index, node.line, options, &mut notes)?);
+            match entry(&section, index, node.line, options, &mut notes) {
+                Ok(entry) => entries.push(entry),
+                Err(e) => faults.push(e),
+            }
+        }
+        if let Some(error) = all_at_once(faults) {
+            return Err(error);
         }
         check_cache_directories(&entries, path)?;
         Ok(Self { path: path.to_path_buf(), entries, notes })
+    }
+}
+
+/// One error for the faults of several datasets.
+fn all_at_once(mut faults: Vec<anyhow::Error>) -> Option<anyhow::Error> {
+    match faults.len() {
+        0 | 1 => faults.pop(),
+        _ => {
+            let list: Vec<String> = faults.iter().map(|e| format!("{e:#}")).collect();
+            Some(UserError::usage(list.join("\n")).into())
+        }
     }
 }
 
@@ -148,6 +165,11 @@ fn check_general(general: &Table, path: &Path) -> Result<()> {
         return Err(unknown_key(path, field.line, key, "[general]", SHARED));
     }
     Ok(())
+}
+
+/// Every key that a dataset can have.
+pub fn known_keys() -> impl Iterator<Item = &'static str> {
+    all_keys()
 }
 
 fn all_keys() -> impl Iterator<Item = &'static str> {

@@ -9,12 +9,14 @@ mod caption;
 mod clips;
 mod config;
 mod document;
+mod draft;
 #[cfg(feature = "video")]
 mod ffmpeg;
 mod folder;
 pub mod frames;
 mod listing;
 pub mod picture;
+pub mod repair;
 pub mod resize;
 mod scan;
 mod section;
@@ -24,7 +26,13 @@ pub mod video;
 
 pub use clips::{count_frames, decode_image, decode_video, Planned};
 pub use config::dataset_name;
+pub use draft::{draft, Draft};
 pub use frames::Cut;
 pub use scan::{check_media, scan};
 pub use table::table;
 pub use types::*;
+
+/// The text of a dataset file.
+pub fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
+    document::read_text(path, "the dataset file")
+}

@@ -112,6 +112,7 @@ impl Hub {
     ///
     /// Errors: unreachable, refused (a token is needed), absent, damaged, disk full, stopped; each names the file, its
     /// page, and where to put it by hand.
+    #[tracing::instrument(level = "debug", skip_all, name = "download", fields(file = %file.name))]
     pub fn fetch(&self, file: &ModelFile, remote: &Remote, dir: &Path, mut transfer: Transfer<'_>) -> Result<PathBuf> {
         let target = dir.join(&file.name);
         let path = part(file, remote, dir);

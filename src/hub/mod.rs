@@ -36,12 +36,17 @@ pub fn file(model: &ModelConfig, role: Role) -> Option<&ModelFile> {
     model.file(role, None)
 }
 
+/// Tasks whose models `wan-train setup` gets.
+pub const SETUP_TASKS: [&str; 5] = ["t2v-A14B", "i2v-A14B", "t2v-14B", "t2v-1.3B", "i2v-14B"];
+
 /// A sentence that says where to get the file of a role, for the hint of an error.
 pub fn where_to_get(model: &ModelConfig, role: Role) -> String {
     let option = role_option(role);
+    let of_setup = SETUP_TASKS.contains(&model.task.as_str()) && folder(role) == "models";
+    let first = if of_setup { "`wan-train setup` gets it; by hand: " } else { "" };
     match file(model, role) {
         Some(f) => format!(
-            "download {} from the hub repository {} and save it as <base_dir>/{}/{}, or give its path with --{option}",
+            "{first}download {} from the hub repository {} and save it as <base_dir>/{}/{}, or give its path with --{option}",
             f.path,
             f.repo,
             folder(role),

@@ -64,6 +64,13 @@ pub fn choose(job: &Job, budget: Budget, wishes: Wishes, rates: &Rates) -> Resul
     }
 }
 
+/// Predicted seconds of a step of `job` under an arrangement that may have been chosen for another one: a run has one
+/// plan, that of its largest batch, for all its buckets.
+pub fn predict(job: &Job, rates: &Rates, arrangement: &Arrangement) -> f64 {
+    let extra = Extra::new(job, rates);
+    extra.step() + extra.seconds(arrangement)
+}
+
 fn fits(job: &Job, memory: &Memory, budget: Budget) -> bool {
     let host = job.target == Target::Cpu || memory.host() <= budget.host;
     memory.device() <= budget.device && host

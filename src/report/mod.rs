@@ -7,6 +7,7 @@ pub mod progress;
 pub mod runlog;
 pub mod table;
 pub mod tensorboard;
+pub mod trace;
 
 pub use curve::write_loss_curve;
 pub use html::{write_report, RunReport};

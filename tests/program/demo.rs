@@ -103,6 +103,23 @@ fn caches_are_reused_and_a_changed_caption_is_encoded_again() {
 }
 
 #[test]
+fn the_phases_are_told_to_whoever_asks() {
+    let bench = Bench::new();
+    let with = |log: &str| {
+        let out = bench.command("", &["--epochs", "1"]).env("RUST_LOG", log).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        text(&out)
+    };
+    let said = with("wan_train=debug");
+    for phase in ["survey", "encode", "train: load the DiT", "train: save", "train"] {
+        let told = said.lines().any(|l| l.starts_with(&format!("debug: {phase}: close")) && l.contains("time.busy="));
+        assert!(told, "{phase}:\n{said}");
+    }
+    assert!(!with("").contains("debug:"));
+    assert!(with("=,=").contains("warning: RUST_LOG cannot be read"));
+}
+
+#[test]
 fn plan_prints_a_table_and_train_does_not_need_the_encoders() {
     let bench = Bench::new();
     let plan = bench.run("plan", &[]);

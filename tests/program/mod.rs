@@ -1,5 +1,6 @@
 //! The built program, doing whole jobs: the demo from pictures to a LoRA, stopping and resuming, every mistake.
 
+mod check;
 mod compat;
 mod demo;
 mod lora;
@@ -8,6 +9,7 @@ mod musubi;
 mod pair;
 mod resume;
 mod setup;
+mod templates;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,0 +1,267 @@
+//! `wan-train check`: everything that can be known before anything is loaded. Settings, paths, media, captions; every
+//! bucket with its counts; how long it will take and what it needs. All that is wrong is listed at once.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use wan_models::arch::Role;
+
+use super::cache::Prepared;
+use super::job::Job;
+use super::pair::Runs;
+use super::{plan, weights};
+use crate::cache::{BucketKey, CacheReport};
+use crate::data::{self, repair, Verdict};
+use crate::error::UserError;
+use crate::fsio;
+use crate::loader::Source;
+use crate::report::{progress, Table};
+use crate::train::TrainSettings;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+pub fn run(runs: &Runs, fix: bool) -> anyhow::Result<ExitCode> {
+    let job = runs.first();
+    let mut faults = Faults::default();
+    if fix {
+        faults.catch(repair_dataset(job));
+    }
+    let mut sources = Vec::new();
+    for job in runs.jobs() {
+        sources.push(models(job, &mut faults));
+        faults.catch(weights::check_save_merged(&job.config).map_err(Into::into));
+        faults.catch(output_place(job));
+    }
+    if let Some(buckets) = faults.catch(Prepared::new(job, false)).and_then(|p| dataset(job, &p, &mut faults)) {
+        for (job, source) in runs.jobs().iter().zip(&sources) {
+            if let Some(settings) = faults.catch(settings(job)) {
+                faults.catch(cost(job, &settings, &buckets, source.as_ref()));
+            }
+        }
+    } else {
+        runs.jobs().iter().for_each(|job| drop(faults.catch(settings(job))));
+    }
+    faults.conclude()
+}
+
+/// What is wrong, in the order in which it was found, each thing once.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn catch<T>(&mut self, result: anyhow::Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(e) => {
+                let said = format!("{e:#}");
+                if !self.0.contains(&said) {
+                    self.0.push(said);
+                }
+                None
+            }
+        }
+    }
+
+    fn conclude(self) -> anyhow::Result<ExitCode> {
+        match self.0.len() {
+            0 => {
+                println!("nothing is wrong");
+                Ok(ExitCode::SUCCESS)
+            }
+            n => {
+                let things = if n == 1 { "one thing is".into() } else { format!("{n} things are") };
+                let list = self.0.join("\n").replace('\n', "\n  ");
+                Err(UserError::new(format!("{things} wrong:\n  {list}")).into())
+            }
+        }
+    }
+}
+
+fn settings(job: &Job) -> anyhow::Result<TrainSettings> {
+    let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or_default())?;
+    settings.notes.iter().for_each(|note| println!("note: {note}"));
+    Ok(settings)
+}
+
+/// The model files: there, readable by their headers, and of the right task.
+fn models(job: &Job, faults: &mut Faults) -> Option<Source> {
+    let c = &job.config;
+    let level = c.noise_level.as_ref().map_or(String::new(), |level| format!(" ({level} noise)"));
+    let mut table = Table::new(["model file", "path", "size"]);
+    let dit = faults.catch(weights::open_dit(job));
+    if let Some(dit) = &dit {
+        let path = dit.path().display().to_string();
+        table.row([format!("DiT{level}"), path, fsio::human(dit.total_bytes())]);
+    }
+    let (_, clip) = job.conditions();
+    let others = [("vae", Role::Vae, &c.vae, true), ("t5", Role::T5, &c.t5, true), ("clip", Role::Clip, &c.clip, clip)];
+    for (option, role, path, _) in others.into_iter().filter(|(.., needed)| *needed) {
+        let opened = job.model_file(option, role, path.as_ref()).and_then(|path| Ok((Source::open(&path)?, path)));
+        if let Some((source, path)) = faults.catch(opened) {
+            table.row([
+                crate::hub::role_name(role).into(),
+                path.display().to_string(),
+                fsio::human(source.total_bytes()),
+            ]);
+        }
+    }
+    for file in c.base_weights.iter().filter(|file| Path::new(file).is_file()) {
+        table.row([
+            "merged LoRA".to_owned(),
+            file.clone(),
+            fsio::human(std::fs::metadata(file).map_or(0, |m| m.len())),
+        ]);
+    }
+    // A Lightning LoRA that is missing will be downloaded.
+    if weights::lightning_to_fetch(job).is_none() {
+        faults.catch(weights::check_merges(job, c));
+    } else {
+        table.row(["merged LoRA", "will be downloaded", ""]);
+    }
+    if !table.is_empty() {
+        println!("{}", table.render());
+    }
+    dit
+}
+
+/// Whether checkpoints can be written, without making anything.
+fn output_place(job: &Job) -> anyhow::Result<()> {
+    let c = &job.config;
+    let (Some(dir), Some(_)) = (&c.output_dir, &c.output_name) else {
+        return Err(UserError::usage("where to save is not given")
+            .hint("add --output_dir DIR and --output_name NAME, or use a template")
+            .into());
+    };
+    let there = std::path::absolute(dir)?;
+    let there = there.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let place = there.display();
+    if !there.is_dir() {
+        return Err(UserError::new(format!("--output_dir {}: {place} is a file", dir.display()))
+            .hint("choose another directory")
+            .into());
+    }
+    if there.metadata().is_ok_and(|m| m.permissions().readonly()) {
+        return Err(UserError::new(format!("--output_dir {}: {place} cannot be written to", dir.display()))
+            .hint("choose another directory, or change its mode")
+            .into());
+    }
+    Ok(())
+}
+
+/// Items of one size and length in one dataset.
+struct Bucket {
+    dataset: usize,
+    key: BucketKey,
+    batch: usize,
+    items: usize,
+    repeats: usize,
+    tokens: usize,
+}
+
+impl Bucket {
+    fn samples(&self) -> usize {
+        self.items * self.repeats
+    }
+
+    fn batches(&self) -> usize {
+        self.samples().div_ceil(self.batch)
+    }
+}
+
+/// What is wrong with the media, and the buckets; `None` where there is nothing to train on.
+fn dataset(job: &Job, prepared: &Prepared, faults: &mut Faults) -> Option<Vec<Bucket>> {
+    let (scan, survey) = (&prepared.scan, &prepared.survey);
+    let told: Vec<_> = scan.findings.iter().filter(|f| f.verdict != Verdict::Used).cloned().collect();
+    if !told.is_empty() {
+        println!("{}", data::table(prepared.dataset(), &told));
+    }
+    faults.catch(scan.check());
+    println!("{}", CacheReport::of(scan, survey).totals());
+    println!("to be encoded: {} latents, {} captions\n", survey.latents_to_make(), survey.texts_to_make());
+
+    let mut buckets: BTreeMap<(usize, BucketKey), Bucket> = BTreeMap::new();
+    for entry in survey.entries.iter().filter(|e| e.fault.is_none()) {
+        let item = &survey.items[entry.item];
+        let source = survey.dataset(item);
+        for clip in &entry.clips {
+            let frames = survey.pixel_frames(item, clip.span);
+            let key = BucketKey { width: clip.span.size.0 as usize, height: clip.span.size.1 as usize, frames };
+            let bucket = buckets.entry((item.dataset, key)).or_insert_with(|| Bucket {
+                dataset: item.dataset,
+                key,
+                batch: source.batch_size.max(1),
+                items: 0,
+                repeats: source.num_repeats.max(1),
+                tokens: tokens(job, key),
+            });
+            bucket.items += 1;
+        }
+    }
+    (!buckets.is_empty()).then(|| buckets.into_values().collect())
+}
+
+fn tokens(job: &Job, key: BucketKey) -> usize {
+    let [_, f, h, w] = plan::geometry(job).shape((key.width as u32, key.height as u32), key.frames);
+    job.model.arch.tokens([f, h, w]).unwrap_or_default()
+}
+
+/// The buckets with what a step of each takes, and the whole run.
+fn cost(job: &Job, settings: &TrainSettings, buckets: &[Bucket], source: Option<&Source>) -> anyhow::Result<()> {
+    let sizes: Vec<_> = buckets.iter().map(|b| (b.key, b.batch.min(b.samples()))).collect();
+    let forecast = plan::forecast(job, settings, &sizes, source);
+    let seconds = |i: usize| forecast.as_ref().ok().and_then(|f| Some(f.as_ref()?.seconds[i]));
+    if let Some(level) = &job.config.noise_level {
+        println!("{level} noise:");
+    }
+    let mut table =
+        Table::new(["dataset", "size", "frames", "items", "repeats", "batches", "tokens", "s/step (predicted)"]);
+    for (i, b) in buckets.iter().enumerate() {
+        table.row([
+            (b.dataset + 1).to_string(),
+            format!("{}x{}", b.key.width, b.key.height),
+            b.key.frames.to_string(),
+            b.items.to_string(),
+            b.repeats.to_string(),
+            b.batches().to_string(),
+            b.tokens.to_string(),
+            seconds(i).map_or("-".into(), |s| format!("{s:.2}")),
+        ]);
+    }
+    print!("{}", table.render());
+    let batches: u64 = buckets.iter().map(|b| b.batches() as u64).sum();
+    let (steps, epochs) = (settings.total_steps(batches), settings.total_epochs(batches));
+    let samples: usize = buckets.iter().map(Bucket::samples).sum();
+    println!("an epoch: {samples} samples in {batches} batches; the run: {epochs} epochs, {steps} steps");
+    let Some(forecast) = forecast? else {
+        println!("on the CPU: no time is predicted\n");
+        return Ok(());
+    };
+    let epoch: f64 = buckets.iter().zip(&forecast.seconds).map(|(b, s)| b.batches() as f64 * s).sum();
+    let run = epoch * (steps * settings.accumulation) as f64 / batches.max(1) as f64;
+    let card = if forecast.assumed { " (of an RTX 3090: there is no card here)" } else { "" };
+    println!(
+        "predicted: {} an epoch, {} the run; {:.1} of {:.1} GiB on the card{card}\n",
+        progress::clock(Duration::from_secs_f64(epoch)),
+        progress::clock(Duration::from_secs_f64(run)),
+        forecast.device_bytes as f64 / GIB,
+        forecast.budget as f64 / GIB
+    );
+    Ok(())
+}
+
+/// `--fix`: what can be put right in the dataset file without a question, with its comments kept.
+fn repair_dataset(job: &Job) -> anyhow::Result<()> {
+    let path = job.dataset_path()?;
+    let text = data::read_text(&path)?;
+    let (fixed, changes) = repair::repair(&text, &path)?;
+    for change in &changes {
+        println!("fixed {}: {change}", path.display());
+    }
+    match changes.is_empty() {
+        true => println!("--fix: nothing in {} that can be put right by itself", path.display()),
+        false => fsio::write_bytes(&path, fixed.as_bytes())?,
+    }
+    Ok(())
+}
