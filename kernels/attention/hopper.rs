@@ -76,7 +76,7 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
     gpu.launch(FILE, &name("rows"), Launch::over(b * count * tile.rows * n * 32, 1), &args)?;
 
     let processors = gpu.card().processors;
-    let group = tile::head_group(n, m, processors);
+    let group = tiles::HEAD_GROUP.min(n);
     let splits = tile::splits(b * n * m.div_ceil(tile.keys), count, processors);
     let parts = match splits {
         1 => None,
