@@ -14,7 +14,7 @@
 //                     blocks; this sums their parts of dK and dV, always in the same order
 //
 // Determinism: the blocks of one head add their part of a query tile strictly in the order of their key block, by a turn
-// counter per (head, query tile). A block only ever waits for the block before it in launch order, which is resident
+// counter per (head, two query tiles). A block only ever waits for the block before it in launch order, which is resident
 // already, so waiting cannot deadlock. It is the third warpgroup that waits: the other two run on, up to two tiles ahead.
 #include "../common/hopper.cuh"
 
@@ -23,6 +23,7 @@ namespace wan {
 template <typename T> struct AttentionBackwardHopper {
   static constexpr int kHead = 128, kRows = 64, kKeys = 128, kStages = 3;
   static constexpr int kPasses = 2;                  // parts in which dQ is computed
+  static constexpr int kTurn = 2;                    // query tiles of a turn, whose counter is that of the first
   static constexpr int kPanel = kRows * 128;         // 64 queries x 64 columns
   static constexpr int kKeyPanel = kKeys * 128;      // 128 keys x 64 columns
   static constexpr int kQBytes = 2 * kPanel, kKBytes = 2 * kKeyPanel;
@@ -94,6 +95,11 @@ template <typename T> struct AttentionBackwardHopper {
       }
 
       int *turn = turns + pair * all_tiles + first;
+      // A release by one thread behind a barrier covers the adds of all four warps. It takes the whole latency of global
+      // memory, so it comes after the next product is issued, and once in kTurn tiles.
+      auto pass_turn = [&](int tile) {
+        asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(turn + tile), "r"(key_block + 1) : "memory");
+      };
       // dQ lies in the order in which the threads hold it (attention_dq knows): 16 coalesced bytes a lane.
       const uint64_t sum = __cvta_generic_to_global(dq_sum + (pair * all_tiles + first) * (kRows * kHead) +
                                                       (warp * 16 * 32 + lane) * 4);
@@ -133,15 +139,14 @@ template <typename T> struct AttentionBackwardHopper {
         part(0);
         // dS of this tile is there: its writers are done with the tile before, whose stage is free.
         if (threadIdx.x == 256 && tile >= 1 && tile + 2 < tiles) load(tile + 2);
-        if (threadIdx.x == 256 + 32 && tile > 0) {
-          // Ordered behind the adds of all four warps by the barrier at the end of the loop.
-          asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(turn + tile - 1), "r"(key_block + 1) : "memory");
-        }
-        if (threadIdx.x == 256 + 96) {
-          int whose;
-          do {
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(whose) : "l"(turn + tile) : "memory");
-          } while (whose != key_block);
+        if (tile % kTurn == 0) {
+          if (threadIdx.x == 256 + 32 && tile > 0) pass_turn(tile - kTurn);
+          if (threadIdx.x == 256 + 96) {
+            int whose;
+            do {
+              asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(whose) : "l"(turn + tile) : "memory");
+            } while (whose != key_block);
+          }
         }
         __syncwarp();
         wgmma_wait<0>();
@@ -160,8 +165,7 @@ template <typename T> struct AttentionBackwardHopper {
         if (warp == 1) named_sync<128>(2);
         else named_arrive<128>(2);
       }
-      if (threadIdx.x == 256 + 32)
-        asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(turn + tiles - 1), "r"(key_block + 1) : "memory");
+      if (threadIdx.x == 256 + 32) pass_turn((tiles - 1) / kTurn * kTurn);
       return;
     }
 
