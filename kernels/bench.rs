@@ -8,8 +8,8 @@ use crate::gate_residual::{Residual, ResidualArgs};
 use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use crate::gpu::Gpu;
 use crate::linear::{
-    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardArgs, LinearFp8, LinearFp8Args,
-    LinearWeightGrad, LinearWeightGradArgs,
+    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs,
+    LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
 };
 use crate::norm::{
     LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNormRope,
@@ -101,6 +101,12 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             let weight = fp8::Weight::quantize(weight_oi, fp8::Granularity::Block)?;
             let args = LinearFp8Args { x, weight: &weight, bias_o: Some(&bias), out: compute };
             rows.push(time::<LinearFp8>(exec, gpu, case(&what), &args, runs)?);
+            if gpu.card().capability >= (8, 9) {
+                let args = LinearEightArgs { x, weight: &weight, bias_o: Some(&bias), out: compute };
+                rows.push(time::<LinearEight>(exec, gpu, case(&what), &args, runs)?);
+                let args = LinearEightBackwardArgs { dy, weight: &weight, out: compute };
+                rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
+            }
             let args = fp8::DequantizeArgs { weight: &weight, out: compute };
             rows.push(time::<fp8::Dequantize>(exec, gpu, format!("[{o}, {i}]"), &args, runs)?);
         }

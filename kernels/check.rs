@@ -15,8 +15,8 @@ use crate::gelu::{ActivationArgs, GeluErf, GeluTanh, GeluTanhBackward, GeluTanhB
 use crate::gpu::Gpu;
 use crate::linear::{
     Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs,
-    LinearBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearWeightGrad,
-    LinearWeightGradArgs,
+    LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8,
+    LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearWeightGrad, LinearWeightGradArgs,
 };
 use crate::norm::{
     LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
@@ -314,7 +314,41 @@ fn exact(gpu: &Gpu) -> Result<Vec<Row>> {
         rows.push(bits("philox", &n.to_string(), &got, &want)?);
     }
     offload(&exec, &mut rows)?;
+    if gpu.card().capability >= (8, 9) {
+        eight(&exec, &mut rows)?;
+    }
     Ok(rows)
+}
+
+/// 8-bit products against the definition, which rounds to the same codes: only sums and the last rounding differ. fp8
+/// tensor cores keep 14 bits of a sum.
+fn eight(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
+    for (l, i, o) in [(1, 64, 16), (97, 192, 80), (1025, 5120, 1536), (33, 8960, 640)] {
+        let normal = |seed, shape: &[usize]| -> Result<Tensor> {
+            let t = Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?;
+            Ok(t.to_dtype(DType::BF16)?)
+        };
+        for granularity in [fp8::Granularity::Block, fp8::Granularity::Channel, fp8::Granularity::Tensor] {
+            let (x, dy, bias) = (normal(1, &[l, i])?, normal(2, &[l, o])?, normal(3, &[o])?);
+            let weight = fp8::Weight::quantize(&(normal(4, &[o, i])? * 0.02)?, granularity)?;
+            let run = |exec: &Exec, out| -> Result<[Tensor; 2]> {
+                let device = exec.device();
+                let (x, dy, bias) = (x.to_device(device)?, dy.to_device(device)?, bias.to_device(device)?);
+                let weight = &weight.to_device(device)?;
+                Ok([
+                    exec.run::<LinearEight>(&LinearEightArgs { x: &x, weight, bias_o: Some(&bias), out })?,
+                    exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, weight, out })?,
+                ])
+            };
+            let (got, want) = (run(exec, DType::BF16)?, run(&Exec::cpu(), DType::F32)?);
+            for (op, (got, want)) in ["linear_eight", "linear_eight_backward"].iter().zip(got.iter().zip(&want)) {
+                let error = distance(&values(got)?, &values(want)?);
+                let case = format!("[{l}, {i}] x [{o}, {i}], {granularity:?}");
+                rows.push(Row { op: op.to_string(), case, error, naive: 2e-3, right: error < 4e-3 });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Tensors through host memory and back, several at a time, in the order of backward; twice, so that slabs are reused.

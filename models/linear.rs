@@ -5,8 +5,8 @@ use candle_core::{DType, Tensor};
 use wan_kernels::fp8;
 use wan_kernels::gate_residual::{Residual, ResidualArgs};
 use wan_kernels::linear::{
-    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward,
-    LinearFp8BackwardArgs,
+    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs,
 };
 use wan_kernels::Exec;
 
@@ -22,6 +22,8 @@ pub enum Weight {
     /// A matrix of e4m3fn codes with scales by block, row or tensor; the value is code x scale rounded to the scale's
     /// dtype.
     Fp8(fp8::Weight),
+    /// The same, multiplied with on 8-bit tensor cores (`--fp8_fast`).
+    Fp8Fast(fp8::Weight),
 }
 
 impl Weight {
@@ -40,7 +42,15 @@ impl Weight {
     pub fn dims(&self) -> &[usize] {
         match self {
             Weight::Dense(w) => w.dims(),
-            Weight::Fp8(w) => w.codes_oi().dims(),
+            Weight::Fp8(w) | Weight::Fp8Fast(w) => w.codes_oi().dims(),
+        }
+    }
+
+    /// An fp8 weight multiplied with in 8 bit; others stay as they are.
+    pub fn fast(self) -> Self {
+        match self {
+            Weight::Fp8(w) => Weight::Fp8Fast(w),
+            other => other,
         }
     }
 
@@ -48,7 +58,7 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         match self {
             Weight::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
-            Weight::Fp8(w) => w.bytes() as usize,
+            Weight::Fp8(w) | Weight::Fp8Fast(w) => w.bytes() as usize,
         }
     }
 }
@@ -86,6 +96,7 @@ impl Frozen {
         let weight = match &self.weight {
             Weight::Dense(w) => Weight::Dense(f(w)?),
             Weight::Fp8(w) => Weight::Fp8(fp8::Weight::new(f(w.codes_oi())?, f(w.scale())?)?),
+            Weight::Fp8Fast(w) => Weight::Fp8Fast(fp8::Weight::new(f(w.codes_oi())?, f(w.scale())?)?),
         };
         Self::new(weight, self.bias.as_ref().map(&mut *f).transpose()?)
     }
@@ -104,6 +115,7 @@ impl Frozen {
         Ok(match &self.weight {
             Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, out })?,
+            Weight::Fp8Fast(weight) => exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, out })?,
         })
     }
 
@@ -112,6 +124,7 @@ impl Frozen {
         Ok(match &self.weight {
             Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, out })?,
+            Weight::Fp8Fast(weight) => exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, out })?,
         })
     }
 }

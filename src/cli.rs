@@ -91,6 +91,8 @@ pub enum BenchWhat {
     Ops,
     /// From a checkpoint file to the first step.
     Start,
+    /// Loss and gradients with 8-bit products against those without.
+    Fast,
 }
 
 /// Which caches `cache` makes.
@@ -130,6 +132,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 what: match m.get_one::<String>("what").map(String::as_str) {
                     Some("ops") => BenchWhat::Ops,
                     Some("start") => BenchWhat::Start,
+                    Some("fast") => BenchWhat::Fast,
                     _ => BenchWhat::Steps,
                 },
                 case: m.get_one::<String>("case").cloned().unwrap_or_default(),
@@ -203,9 +206,9 @@ pub fn command() -> Command {
             verb("bench", "Time training steps on random weights, or single operations; needs a card, no files")
                 .arg(
                     Arg::new("what")
-                        .value_parser(PossibleValuesParser::new(["steps", "ops", "start"]))
+                        .value_parser(PossibleValuesParser::new(["steps", "ops", "start", "fast"]))
                         .default_value("steps")
-                        .help("Training steps; every kernel by itself; or the start from a 28 GB file (made at --file when missing)"),
+                        .help("Training steps; every kernel by itself; the start from a 28 GB file (made at --file when missing); or how far --fp8_fast departs"),
                 )
                 .arg(
                     Arg::new("case")

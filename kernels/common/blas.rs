@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
@@ -21,6 +22,10 @@ pub(crate) struct Blas {
     workspace: CudaSlice<u8>,
     stream: Arc<CudaStream>,
     chosen: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+    /// Ones, for operands without scales; made when first needed.
+    ones: Mutex<Option<CudaSlice<f32>>>,
+    /// The library or the card refused scales by row: they are applied afterwards.
+    scales_later: AtomicBool,
 }
 
 // SAFETY: a cublasLt handle may be used from any thread; the map is behind a lock and calls go to one stream.
@@ -53,6 +58,24 @@ pub(crate) struct Product {
     pub add: Option<u64>,
 }
 
+/// `out [rows, columns] = left_scales · codes of left [rows, inner] · (codes of right [columns, inner])ᵀ · right_scales
+/// (+ bias over columns)`, codes e4m3, scales fp32 by row of each.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Eight {
+    pub rows: usize,
+    pub columns: usize,
+    pub inner: usize,
+    pub left: u64,
+    pub right: u64,
+    pub left_scales: u64,
+    /// `None`: all are 1.
+    pub right_scales: Option<u64>,
+    pub out: u64,
+    /// Dtype of `out` and `bias`.
+    pub result: DType,
+    pub bias: Option<u64>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     shape: [usize; 3],
@@ -62,6 +85,22 @@ struct Key {
     add: bool,
     /// Largest power of two (at most 16) that divides all addresses.
     alignment: u32,
+    /// Operands are e4m3: with scales by row in the product, or without any.
+    eight: Option<bool>,
+}
+
+// Attributes that bindings made for a CUDA before 12.8 do not name. A library that does not know them says so.
+const A_SCALE_MODE: u32 = 31;
+const B_SCALE_MODE: u32 = 32;
+/// One fp32 factor for each row of an operand (CUDA 12.9, Hopper).
+const OUTER_VECTOR: i32 = 3;
+/// Sums of codes reach 448² · inner: with this factor they fit fp16 for every width of a model (2^15.7 at 13824).
+const UNIT: f32 = 1.0 / 65536.0;
+
+extern "C" {
+    /// The same function as in the bindings, which take the attribute as an enum of what they know.
+    #[link_name = "cublasLtMatmulDescSetAttribute"]
+    fn set_attribute_by_number(desc: *mut c_void, attribute: u32, value: *const c_void, bytes: usize) -> u32;
 }
 
 impl Blas {
@@ -69,7 +108,14 @@ impl Blas {
         let handle = result::create_handle().map_err(|e| error(NAME, e.to_string()))?;
         // SAFETY: a workspace has no meaning before a product writes it.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) }.map_err(|e| error(NAME, e.to_string()))?;
-        Ok(Blas { handle, workspace, stream: stream.clone(), chosen: Mutex::default() })
+        Ok(Blas {
+            handle,
+            workspace,
+            stream: stream.clone(),
+            chosen: Mutex::default(),
+            ones: Mutex::default(),
+            scales_later: AtomicBool::new(false),
+        })
     }
 
     pub fn run(&self, p: &Product) -> Result<()> {
@@ -105,6 +151,7 @@ impl Blas {
             bias: p.bias.is_some(),
             add: p.add.is_some(),
             alignment: 1 << all.trailing_zeros().min(4),
+            eight: None,
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
         let (alpha, beta) = (1f32, if p.add.is_some() { 1f32 } else { 0f32 });
@@ -132,6 +179,95 @@ impl Blas {
                 self.stream.cu_stream().cast(),
             )
         }
+    }
+
+    /// A product of e4m3 codes. `Some(unit)`: the sums were written without scales and bias, in units of `1/unit`; the
+    /// caller applies them.
+    pub fn run_eight(&self, p: &Eight) -> Result<Option<f32>> {
+        let failed = |e: result::CublasError| {
+            let Eight { rows, columns, inner, result, .. } = p;
+            error(NAME, format!("[{rows}, {inner}] x [{inner}, {columns}], e4m3 to {result:?}: {e}"))
+        };
+        if !self.scales_later.load(Ordering::Relaxed) {
+            match self.issue_eight(p, true) {
+                Ok(()) => return Ok(None),
+                Err(_) => self.scales_later.store(true, Ordering::Relaxed),
+            }
+        }
+        self.issue_eight(p, false).map_err(failed)?;
+        Ok(Some(1.0 / UNIT))
+    }
+
+    fn issue_eight(&self, p: &Eight, scaled: bool) -> std::result::Result<(), result::CublasError> {
+        let (m, n, k) = (p.columns, p.rows, p.inner);
+        let (codes, result_type) = (sys::cudaDataType::CUDA_R_8F_E4M3, data_type(p.result));
+        let desc = Desc::new()?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &op(true))?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, &op(false))?;
+        if scaled {
+            let right = match p.right_scales {
+                Some(scales) => scales,
+                None => self.ones(m)?,
+            };
+            desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &right)?;
+            desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &p.left_scales)?;
+            desc.set_by_number(A_SCALE_MODE, &OUTER_VECTOR)?;
+            desc.set_by_number(B_SCALE_MODE, &OUTER_VECTOR)?;
+            if let Some(bias) = p.bias {
+                let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+                desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+                desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+                desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &result_type)?;
+            }
+        }
+        let a_layout = Layout::new(codes, (k, m))?;
+        let b_layout = Layout::new(codes, (k, n))?;
+        let d_layout = Layout::new(result_type, (m, n))?;
+        let all = p.right | p.left | p.out | p.bias.unwrap_or(0);
+        let key = Key {
+            shape: [m, n, k],
+            transposed: [true, false],
+            dtypes: [DType::U8, p.result],
+            bias: scaled && p.bias.is_some(),
+            add: false,
+            alignment: 1 << all.trailing_zeros().min(4),
+            eight: Some(scaled),
+        };
+        let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
+        let (alpha, beta) = (if scaled { 1f32 } else { UNIT }, 0f32);
+        let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
+        // SAFETY: as in `issue`.
+        unsafe {
+            result::matmul(
+                self.handle,
+                desc.0,
+                (&alpha as *const f32).cast(),
+                (&beta as *const f32).cast(),
+                p.right as *const c_void,
+                a_layout.0,
+                p.left as *const c_void,
+                b_layout.0,
+                p.out as *const c_void,
+                d_layout.0,
+                p.out as *mut c_void,
+                d_layout.0,
+                &algo,
+                workspace as *mut c_void,
+                WORKSPACE,
+                self.stream.cu_stream().cast(),
+            )
+        }
+    }
+
+    /// The address of at least `count` ones.
+    fn ones(&self, count: usize) -> std::result::Result<u64, result::CublasError> {
+        let mut ones = self.ones.lock().unwrap_or_else(PoisonError::into_inner);
+        if ones.as_ref().is_none_or(|have| have.len() < count) {
+            let fresh = self.stream.clone_htod(&vec![1f32; count.next_power_of_two()]);
+            *ones = Some(fresh.map_err(|_| result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED))?);
+        }
+        let address = ones.as_ref().map(|have| have.device_ptr(&self.stream).0);
+        address.ok_or(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED))
     }
 
     fn algorithm(
@@ -204,6 +340,18 @@ impl Desc {
         let value: *const T = value;
         // SAFETY: the descriptor is alive; the value has the attribute's type.
         unsafe { result::set_matmul_desc_attribute(self.0, attribute, value.cast(), size_of::<T>()) }
+    }
+}
+
+impl Desc {
+    fn set_by_number<T>(&self, attribute: u32, value: &T) -> std::result::Result<(), result::CublasError> {
+        let value: *const T = value;
+        // SAFETY: the descriptor is alive; the value has the attribute's type (the library checks its size).
+        let status = unsafe { set_attribute_by_number(self.0.cast(), attribute, value.cast(), size_of::<T>()) };
+        match status {
+            0 => Ok(()),
+            _ => Err(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)),
+        }
     }
 }
 

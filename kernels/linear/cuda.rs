@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::common::blas::{Matrix, Product};
+use crate::common::blas::{Eight, Matrix, Product};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::{fp8, Result};
 
@@ -85,6 +85,87 @@ pub(super) fn weight_grad(op: &'static str, gpu: &Gpu, x: &Tensor, dy: &Tensor, 
         add: None,
     })?;
     Ok(dw_oi)
+}
+
+/// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`.
+pub(super) fn eight(
+    gpu: &Gpu,
+    op: &'static str,
+    left: &Tensor,
+    weight: &fp8::Weight,
+    transposed: bool,
+    bias: Option<&Tensor>,
+    (compute, out): (DType, DType),
+) -> Result<Tensor> {
+    const FILE: &str = "linear/eight";
+    let [o, i] = weight.shape();
+    let (inner, columns) = if transposed { (i, o) } else { (o, i) };
+    let rows = left.elem_count() / inner;
+    let (codes, scale) = (View::new(op, weight.codes_oi())?, View::new(op, weight.scale())?);
+    let group = o * i / weight.scale().elem_count();
+
+    let weight_scales = gpu.empty(o, DType::F32)?;
+    let scale_o = View::new(op, &weight_scales)?.address;
+    // A single scale is every row's.
+    let (per_row, step) = if group == o * i { (1, 0) } else { (i / group, i / group) };
+    let args = [Arg::tensor(&scale), Arg::ptr(scale_o), Arg::i32(o), Arg::i32(per_row), Arg::i32(step)];
+    gpu.launch(FILE, "eight_weight_scales", Launch::blocks((o.div_ceil(8), 1, 1), 256), &args)?;
+
+    let right = gpu.scratch("weight", o * i)?;
+    let (to, by) = (Arg::ptr(right), Arg::ptr(scale_o));
+    if transposed {
+        let args =
+            [Arg::ptr(codes.address), Arg::tensor(&scale), by, to, Arg::i32(i), Arg::i32(group), Arg::i64(o * i)];
+        gpu.launch(FILE, "eight_weight", Launch::over(o * i, 16), &args)?;
+    } else {
+        let args = [Arg::ptr(codes.address), Arg::tensor(&scale), by, to, Arg::i32(o), Arg::i32(i), Arg::i32(group)];
+        let grid = Launch::blocks((i.div_ceil(64), o.div_ceil(64), 1), 256);
+        gpu.launch(FILE, "eight_weight_transposed", grid, &args)?;
+    }
+
+    let (left_codes, left_scales) = (gpu.empty((rows, inner), DType::U8)?, gpu.empty(rows, DType::F32)?);
+    let (left_codes, left_scales) = (View::new(op, &left_codes)?, View::new(op, &left_scales)?);
+    let args = [
+        Arg::tensor(&View::new(op, left)?),
+        Arg::ptr(if transposed { 0 } else { scale_o }),
+        Arg::ptr(left_codes.address),
+        Arg::ptr(left_scales.address),
+        Arg::i32(inner),
+    ];
+    gpu.launch(FILE, "eight_rows", Launch::blocks((rows, 1, 1), 256), &args)?;
+
+    let result = result_dtype(compute, out);
+    let mut shape = left.dims().to_vec();
+    shape[left.rank() - 1] = columns;
+    let y = gpu.empty(shape, result)?;
+    let y_view = View::new(op, &y)?;
+    let bias = bias.map(|bias| operand(gpu, op, bias, result)).transpose()?;
+    let product = Eight {
+        rows,
+        columns,
+        inner,
+        left: left_codes.address,
+        right,
+        left_scales: left_scales.address,
+        right_scales: transposed.then_some(scale_o),
+        out: y_view.address,
+        result,
+        bias: bias.as_ref().map(|v| v.address),
+    };
+    if let Some(unit) = gpu.blas().run_eight(&product)? {
+        let args = [
+            Arg::tensor(&y_view),
+            Arg::ptr(left_scales.address),
+            Arg::ptr(if transposed { scale_o } else { 0 }),
+            Arg::optional(bias.as_ref()),
+            Arg::f32(unit),
+            Arg::tensor(&y_view),
+            Arg::i32(columns),
+            Arg::i64(rows * columns),
+        ];
+        gpu.launch(FILE, "eight_scale", Launch::over(rows * columns, 8), &args)?;
+    }
+    cast(gpu, op, &y, out)
 }
 
 /// What cublasLt can write from operands of `compute`: the same dtype or fp32.

@@ -13,10 +13,13 @@ use crate::{fp8, gate, num, Cost, Op, Result};
 mod add;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub mod eight;
 #[cfg(feature = "cuda")]
 pub use cuda::add_assign;
 #[cfg(feature = "cuda")]
 use cuda::Times;
+
+pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
 
 pub use add::{LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs};
 

@@ -118,3 +118,60 @@ fn the_gates_name_what_is_wrong() {
     let args = LinearFp8Args { x: &normal(1, &[3, 7]), weight: &fp8, bias_o: None, out: DType::F32 };
     assert!(refused(exec.run::<LinearFp8>(&args)).contains("linear_fp8: x"));
 }
+
+/// |got − want| over |want|, in the L2 norm.
+fn l2_error(got: &Tensor, want: &Tensor) -> f64 {
+    let difference = (got - want).unwrap();
+    (dot(&difference, &difference) / dot(want, want)).sqrt()
+}
+
+#[test]
+fn eight_bit_products_stay_near_those_of_the_same_weight() {
+    let exec = Exec::cpu();
+    for (l, i, o) in [(97, 128, 48), (1, 64, 16), (5, 192, 64)] {
+        let weight = Weight::quantize(&(normal(2, &[o, i]) * 0.02).unwrap(), Granularity::Block).unwrap();
+        let (x, dy, bias) = (normal(1, &[l, i]), normal(4, &[l, o]), normal(3, &[o]));
+        assert!(eight::takes(&weight));
+        let (weight, out) = (&weight, DType::F32);
+        let want = exec.run::<LinearFp8>(&LinearFp8Args { x: &x, weight, bias_o: Some(&bias), out }).unwrap();
+        let got = exec.run::<LinearEight>(&LinearEightArgs { x: &x, weight, bias_o: Some(&bias), out }).unwrap();
+        // Two roundings to four bits: 2.6 % each of a product, less of a sum with its bias.
+        let error = l2_error(&got, &want);
+        assert!(error > 1e-4 && error < 0.05, "{error}");
+        let want = exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy: &dy, weight, out }).unwrap();
+        let got = exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, weight, out }).unwrap();
+        let error = l2_error(&got, &want);
+        assert!(error > 1e-4 && error < 0.06, "{error}");
+    }
+}
+
+#[test]
+fn eight_bit_products_of_codes_are_exact() {
+    // Values that are codes already, with the largest one in every row: nothing is rounded.
+    let codes = |seed: u64, rows: usize, columns: usize| {
+        let mut values: Vec<f32> = values(&normal(seed, &[rows, columns]))
+            .into_iter()
+            .map(|v| crate::fp8::codec::decode(crate::fp8::codec::encode(v * 100.0)).clamp(-448.0, 448.0))
+            .collect();
+        values.chunks_mut(columns).for_each(|row| row[0] = 448.0);
+        Tensor::from_vec(values, (rows, columns), &candle_core::Device::Cpu).unwrap()
+    };
+    let (x, w) = (codes(1, 7, 64), codes(2, 16, 64));
+    let weight = Weight::quantize(&w, Granularity::Channel).unwrap();
+    let args = LinearEightArgs { x: &x, weight: &weight, bias_o: None, out: DType::F32 };
+    assert_close(&Exec::cpu().run::<LinearEight>(&args).unwrap(), &linear(&x, &w, None), 1e-6);
+}
+
+#[test]
+fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
+    let weight = Weight::quantize(&normal(2, &[16, 64]), Granularity::Block).unwrap();
+    let mut values = values(&normal(1, &[3, 64]));
+    values[5] = f32::NAN;
+    values[64..128].fill(0.0);
+    let x = Tensor::from_vec(values, (3, 64), &candle_core::Device::Cpu).unwrap();
+    let args = LinearEightArgs { x: &x, weight: &weight, bias_o: None, out: DType::F32 };
+    let y = Exec::cpu().run::<LinearEight>(&args).unwrap().to_vec2::<f32>().unwrap();
+    assert!(y[0].iter().all(|v| v.is_nan()));
+    assert!(y[1].iter().all(|v| *v == 0.0));
+    assert!(y[2].iter().all(|v| v.is_finite()));
+}

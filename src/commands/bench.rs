@@ -49,9 +49,9 @@ mod on_card {
     use wan_models::arch::WanArch;
     use wan_models::keys;
     use wan_models::linear::Weight;
-    use wan_models::wan::{BlockWeights, Numerics, SavePlan, WanModel, WanWeights};
+    use wan_models::wan::{BlockWeights, Numerics, SavePlan, Timesteps, WanInputs, WanModel, WanWeights};
 
-    use crate::adapter::select;
+    use crate::adapter::{select, AdapterParams, Grads};
     use crate::cache::index::{Bucket, BucketKey, ItemTensors};
     use crate::checkpoint::Identity;
     use crate::cli::{BenchOptions, BenchWhat};
@@ -87,6 +87,7 @@ mod on_card {
         typed.flags.insert("max_train_steps", vec![steps]);
         let job = Job::new(&typed)?;
         let exec = job.exec()?;
+        weights::check_fast(&job.config, &exec)?;
         let Exec::Cuda { gpu, .. } = &exec else {
             return Err(UserError::new("bench measures a card; this run computes on the CPU").into());
         };
@@ -98,6 +99,7 @@ mod on_card {
                 train(gpu, &job, &exec, options)
             }
             BenchWhat::Start => start(gpu, &job, &exec, options),
+            BenchWhat::Fast => fast(gpu, &job, &exec, options),
         }
     }
 
@@ -205,7 +207,7 @@ mod on_card {
         }
         let arch = &job.model.arch;
         let spec = residency(&planned);
-        let weights = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers))?;
+        let weights = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast)?;
         let steps = options.steps + 2;
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
         let prepared = (ready - clock).as_secs_f64();
@@ -248,6 +250,75 @@ mod on_card {
                 loaded.as_secs_f64(),
                 ready + first
             ),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Loss and adapter gradients of one item with `--fp8_fast` against those without it, on the same random weights.
+    fn fast(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+        let arch = &job.model.arch;
+        let (planned, _, settings) = plan_for(job, exec, options)?;
+        let device = exec.device();
+        let normal = |stream, shape: &[usize]| Philox::new(3, stream, 0, 0).normal(shape, device);
+        let [c, f, h, w] = latent(super::pixels(&options.case)?);
+        let target = normal(1, &[1, c, f, h, w])?;
+        let inputs = WanInputs {
+            x: normal(0, &[1, c, f, h, w])?,
+            t: Timesteps::PerSample(vec![700.0]),
+            context: vec![(normal(2, &[TEXT_ROWS, arch.text_dim])? * 0.1)?.to_dtype(DType::BF16)?],
+            y: None,
+            clip_fea: None,
+            f_indices: None,
+        };
+        let params =
+            AdapterParams::new(settings.network.clone(), select(arch, &settings.network.patterns)?, 1, device)?;
+        // `up` begins as zero, and `down` has no gradient then.
+        params.master().edit(|all| {
+            let mut noise = vec![0f32; all.len()];
+            Philox::new(4, 0, 0, 0).fill_normal(&mut noise);
+            all.iter_mut().zip(noise).for_each(|(value, noise)| *value += 2e-3 * noise);
+        })?;
+        let run = |fast: bool| -> anyhow::Result<(f32, Vec<f32>)> {
+            device.set_seed(7)?;
+            let spec = residency(&planned);
+            let (rest, blocks) = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), fast)?;
+            let model = WanModel::new(arch.clone(), rest, Numerics::default())?;
+            let (residency, _) = Residency::on(exec, blocks, spec)?;
+            let plan = SavePlan::per_block(planned.arrangement.saving.clone());
+            let (pred, saved) = model.forward(exec, &inputs, &params, &residency, &plan)?;
+            let error = (&pred - &target)?;
+            let loss = error.sqr()?.mean_all()?.to_scalar::<f32>()?;
+            let dpred = (error * (2.0 / pred.elem_count() as f64))?;
+            let mut grads = Grads::new(params.layout().clone(), device)?;
+            model.backward(exec, &params, &residency, saved, &dpred, &mut grads)?;
+            Ok((loss, grads.flat().to_vec()?))
+        };
+        let ((loss, plain), (fast_loss, fast)) = (run(false)?, run(true)?);
+        let of = |range: std::ops::Range<usize>| {
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            let (a, b) = (&plain[range.clone()], &fast[range]);
+            let (aa, ab, bb) = (dot(a, a), dot(a, b), dot(b, b));
+            (ab / (aa * bb).sqrt(), ((aa - 2.0 * ab + bb).max(0.0) / aa).sqrt())
+        };
+        let (cosine, error) = of(0..plain.len());
+        let layout = params.layout();
+        let mut sites: Vec<_> = layout.params.iter().map(|p| (of(p.range.clone()), layout.full_name(p))).collect();
+        sites.sort_by(|a, b| a.0 .0.total_cmp(&b.0 .0));
+        let row = json!({
+            "bench": "fast", "case": options.case, "card": gpu.card().name, "commit": env!("WAN_COMMIT"),
+            "loss": loss, "fast_loss": fast_loss, "loss_off": (fast_loss - loss).abs() / loss,
+            "gradient_cosine": cosine, "gradient_error": error,
+            "median_cosine": sites[sites.len() / 2].0 .0,
+            "lowest": sites.iter().take(8).map(|((c, e), name)| json!([name, c, e])).collect::<Vec<_>>(),
+        });
+        match options.json {
+            true => println!("{row}"),
+            false => {
+                println!("loss {loss} in 16 bit, {fast_loss} in 8 bit");
+                println!("gradients of the whole adapter: cosine {cosine:.5}, relative error {error:.4}");
+                println!("lowest cosines of single parameters:");
+                sites.iter().take(8).for_each(|((c, e), name)| println!("  {c:.5}  error {e:.4}  {name}"));
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -349,7 +420,7 @@ mod on_card {
         };
         use wan_models::wan::SavePolicy::{KeepAll, KeepAttention, Recompute};
         let row = json!({
-            "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision,
+            "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision, "fp8_fast": job.config.fp8_fast,
             "portable": options.portable, "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
             "vram_budget_gib": job.config.vram_budget,
             "kept": {"all": saving(KeepAll), "attention": saving(KeepAttention), "recompute": saving(Recompute)},
@@ -405,6 +476,7 @@ mod on_card {
         arch: &WanArch,
         compute: DType,
         streamed: &[usize],
+        fast: bool,
     ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
         let device = gpu.device();
         let normal = |shape: &[usize], key: &str| -> wan_models::Result<Tensor> {
@@ -422,6 +494,7 @@ mod on_card {
             let dense = normal(&shape, key)?;
             let linear = key.starts_with("blocks.") && shape.len() == 2;
             Ok(match linear {
+                true if fast => Weight::Fp8Fast(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
                 true => Weight::Fp8(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
                 false => Weight::Dense(dense),
             })

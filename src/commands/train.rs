@@ -85,6 +85,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
 
     let source = weights::open_dit(job)?;
     let exec = job.exec()?;
+    weights::check_fast(&config, &exec)?;
     let plan = plan::for_training(job, &config, &settings, &exec, &index, &source)?;
     say(&plan.table());
     let streamed = plan.residency().streamed(job.model.arch.num_layers);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use wan_kernels::Exec;
 use wan_models::arch::{ModelFile, Role};
 use wan_models::wan::{BlockWeights, WanWeights};
 
@@ -28,6 +29,25 @@ pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
     Ok(source)
 }
 
+/// Refuses `--fp8_fast` on a card that has no tensor cores for it.
+pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    if let (true, Exec::Cuda { gpu, .. }) = (config.fp8_fast, exec) {
+        let card = gpu.card();
+        let (major, minor) = card.capability;
+        if card.capability < (8, 9) {
+            return Err(UserError::usage(format!(
+                "--fp8_fast needs fp8 tensor cores (sm_89 or later); {} is sm_{major}{minor}",
+                card.name
+            ))
+            .hint("leave it out: fp8 weights without it work on every card")
+            .into());
+        }
+    }
+    let _ = (config, exec);
+    Ok(())
+}
+
 /// Reads the weights tensor by tensor to where they will be: blocks that stream to host memory, all others to `device`.
 #[tracing::instrument(level = "debug", skip_all, name = "load the DiT")]
 pub fn load(
@@ -39,6 +59,7 @@ pub fn load(
 ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
     let options = LoadOptions {
         fp8: fp8(config),
+        fast: config.fp8_fast,
         merges: merges(job, config)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         device: device.clone(),
@@ -62,7 +83,7 @@ pub fn load(
 
 /// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted.
 fn fp8(config: &RunConfig) -> Fp8 {
-    match (config.fp8_scaled, config.fp8_base) {
+    match (config.fp8_scaled || config.fp8_fast, config.fp8_base) {
         (true, _) => Fp8::Scaled,
         (false, true) if config.musubi_compat => Fp8::Cast,
         (false, true) => Fp8::Scaled,

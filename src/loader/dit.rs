@@ -35,6 +35,8 @@ pub struct LoadOptions<'a> {
     /// The task as the user typed it, for messages.
     pub task: &'a str,
     pub fp8: Fp8,
+    /// Weights that end up in fp8 are multiplied with in 8 bit.
+    pub fast: bool,
     pub merges: Vec<LoraMerge>,
     pub device: Device,
     /// Dtype of what an fp8 file holds outside its matrices, and of fp8 matrices after a merge: bf16, or fp16 where the
@@ -45,7 +47,7 @@ pub struct LoadOptions<'a> {
 impl<'a> LoadOptions<'a> {
     /// The weights as the file has them, on the CPU.
     pub fn new(arch: &'a WanArch, task: &'a str) -> Self {
-        Self { arch, task, fp8: Fp8::Keep, merges: Vec::new(), device: Device::Cpu, upcast: DType::BF16 }
+        Self { arch, task, fp8: Fp8::Keep, fast: false, merges: Vec::new(), device: Device::Cpu, upcast: DType::BF16 }
     }
 }
 
@@ -116,7 +118,7 @@ fn load_table(
         });
         done += table.tensors.get(key).and_then(|raw| source.byte_len(raw)).unwrap_or(0) as u64;
         progress(Progress { done, total });
-        result.map_err(|e| {
+        result.map(|w| if options.fast { w.fast() } else { w }).map_err(|e| {
             let what = format!("{e:#}");
             failed = Some(e);
             wan_models::Error::Invalid { model: "wan", what }

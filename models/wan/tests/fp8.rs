@@ -143,3 +143,34 @@ fn the_step_on_fp8_weights_is_reproduced() {
         compare_grads(&step_name, &grads, &recorded);
     }
 }
+
+/// The step's loss and the adapters' gradients with 8-bit products, against the same weights multiplied in full.
+#[test]
+fn eight_bit_products_keep_loss_and_gradients() {
+    for Case { name, arch, tensors: base, io } in all() {
+        let step_name = name.replace("fp8_dit", "fp8_lora_step");
+        let recorded = tensors(&format!("{step_name}.safetensors"));
+        let network = adapters(&recorded, "network.", |module| {
+            let alpha = recorded[&format!("network.{module}.alpha")].to_scalar::<f32>().unwrap();
+            f64::from(alpha) / recorded[&format!("network.{module}.lora_down.weight")].dim(0).unwrap() as f64
+        });
+        let inputs = inputs(&io, "", &io["x"], &io["t"]);
+        let target = (&recorded["noise"] - &io["x"]).unwrap();
+        let plan = SavePlan::uniform(SavePolicy::KeepAll);
+        let stored = scaled(&base, DType::F32);
+        let run = |stored: &Stored| {
+            let (model, blocks) = build(&arch, stored, Numerics::default());
+            let (_, loss, grads) = step(&Exec::cpu(), &model, &blocks, &network, &inputs, &target, &plan);
+            let all: Vec<f32> =
+                grads.0.values().flat_map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect();
+            (loss, all)
+        };
+        let (loss, grads) = run(&stored);
+        let (fast_loss, fast_grads) = run(&stored.into_iter().map(|(key, w)| (key, w.fast())).collect());
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let cosine = dot(&grads, &fast_grads) / (dot(&grads, &grads) * dot(&fast_grads, &fast_grads)).sqrt();
+        assert!((0.99..1.0 - 1e-9).contains(&cosine), "{name}: the gradients' cosine is {cosine}");
+        let off = (fast_loss - loss).abs() / loss;
+        assert!(off < 0.01, "{name}: the loss is off by {off}");
+    }
+}

@@ -1,0 +1,150 @@
+// Products of 8-bit codes: activations and weights as e4m3 with a scale for each row, for tensor cores that have fp8.
+//
+//   x[l, :]   = code * scale_x[l]                 scale = max|x| / 448 of the row
+//   W[o, i]   = code * scale_w[o]                 scale_w[o] = the largest block scale of the row; codes made anew
+//   y[l, o]   = scale_x[l] * scale_w[o] * sum of codes
+//   dx[l, i]  = scale_d[l] * sum over o of code(dy[l, o] * scale_w[o]) * code_w[o, i]
+//
+// The weights stay stored with a scale per 64 inputs. Their codes for one product are made in a scratch, as the 16-bit
+// ones are; backward needs them transposed, since fp8 tensor cores read both operands along the summed axis.
+#include "../fp8/codec.cuh"
+
+namespace wan {
+
+__device__ __forceinline__ float block_max_256(float top, float *shared) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = top;
+  __syncthreads();
+  top = shared[0];
+#pragma unroll
+  for (int w = 1; w < 8; ++w) top = fmaxf(top, shared[w]);
+  return top;
+}
+
+__device__ __forceinline__ uint32_t clamped(float v) { return encode(fminf(fmaxf(v, -448.f), 448.f)); }
+
+// A row of zeros keeps a scale that can be divided by.
+__device__ __forceinline__ float scale_of(float top) { return fmaxf(__fdiv_rn(top, 448.f), 1e-30f); }
+
+} // namespace wan
+
+// One block of 256 threads a row of `width` values (a multiple of 16); `columns` may be null. NaN anywhere makes the
+// scale NaN, and with it the whole row of the product.
+extern "C" __global__ void __launch_bounds__(256)
+    eight_rows(wan::In x, const float *columns, uint8_t *codes, float *scale, int width) {
+  __shared__ float shared[8];
+  const long first = static_cast<long>(blockIdx.x) * width;
+  float top = 0.f;
+  bool bad = false;
+  for (int at = threadIdx.x * 16; at < width; at += 256 * 16) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float v[8];
+      wan::load8(x, first + at + half * 8, v);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float w = columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i];
+        bad |= w != w;
+        top = fmaxf(top, fabsf(w));
+      }
+    }
+  }
+  bad = __syncthreads_or(bad);
+  const float s = wan::scale_of(wan::block_max_256(top, shared));
+  if (threadIdx.x == 0) scale[blockIdx.x] = bad ? __uint_as_float(0x7fc00000u) : s;
+  for (int at = threadIdx.x * 16; at < width; at += 256 * 16) {
+    uint32_t packed[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float v[8];
+      wan::load8(x, first + at + half * 8, v);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float w = columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i];
+        packed[half * 2 + i / 4] |= wan::clamped(__fdiv_rn(w, s)) << (i % 4 * 8);
+      }
+    }
+    *reinterpret_cast<uint4 *>(codes + first + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+// The scale of each weight row: one warp a row of `groups` block scales, rows `step` apart.
+extern "C" __global__ void __launch_bounds__(256) eight_weight_scales(wan::In scale, float *rows, int count, int groups, int step) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (row >= count) return;
+  float top = 0.f;
+  for (int g = lane; g < groups; g += 32) top = fmaxf(top, wan::load1(scale, static_cast<long>(row) * step + g));
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+  if (lane == 0) rows[row] = fmaxf(top, 1e-30f);
+}
+
+// Codes of W [o, i] for its rows' scales; 16 a thread, groups are multiples of 16.
+extern "C" __global__ void __launch_bounds__(256)
+    eight_weight(const uint8_t *codes, wan::In scale, const float *rows, uint8_t *out, int width, int group, long n) {
+  const long at = (static_cast<long>(blockIdx.x) * 256 + threadIdx.x) * 16;
+  if (at >= n) return;
+  const uint4 raw = *reinterpret_cast<const uint4 *>(codes + at);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  const float s = wan::load1(scale, at / group), row = rows[at / width];
+  uint32_t packed[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float w = __fmul_rn(wan::decode(words[i / 4] >> (i % 4 * 8) & 0xffu), s);
+    packed[i / 4] |= wan::clamped(__fdiv_rn(w, row)) << (i % 4 * 8);
+  }
+  *reinterpret_cast<uint4 *>(out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+// The same, written as [i, o]: tiles of 64 x 64 through shared memory, 256 threads. Sizes are multiples of 16.
+extern "C" __global__ void __launch_bounds__(256)
+    eight_weight_transposed(const uint8_t *codes, wan::In scale, const float *rows, uint8_t *out, int height, int width,
+                            int group) {
+  // Rows of 68 bytes: columns are then read without meeting in one bank.
+  __shared__ __align__(4) uint8_t tile[64][68];
+  const int o0 = blockIdx.y * 64, i0 = blockIdx.x * 64, r = threadIdx.x / 4, c = threadIdx.x % 4 * 16;
+  if (o0 + r < height && i0 + c < width) {
+    const long at = static_cast<long>(o0 + r) * width + i0 + c;
+    const uint4 raw = *reinterpret_cast<const uint4 *>(codes + at);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    const float s = wan::load1(scale, at / group), row = rows[o0 + r];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float w = __fmul_rn(wan::decode(words[i / 4] >> (i % 4 * 8) & 0xffu), s);
+      tile[r][c + i] = static_cast<uint8_t>(wan::clamped(__fdiv_rn(w, row)));
+    }
+  }
+  __syncthreads();
+  // Thread: one input row of the result, 16 outputs of it.
+  if (i0 + r < width && o0 + c < height) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      packed[word] = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed[word] |= static_cast<uint32_t>(tile[c + word * 4 + i][r]) << (i * 8);
+    }
+    *reinterpret_cast<uint4 *>(out + static_cast<long>(i0 + r) * height + o0 + c) =
+        make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+// y = raw * scale_rows[l] * scale_columns[o] * unit + bias[o], in place, where cublasLt cannot scale by vectors. Vectors
+// of columns may be null.
+extern "C" __global__ void __launch_bounds__(256)
+    eight_scale(wan::In raw, const float *rows, const float *columns, wan::In bias, float unit, wan::Out y, int width,
+                long n) {
+  const long at = (static_cast<long>(blockIdx.x) * 256 + threadIdx.x) * 8;
+  if (at >= n) return;
+  const int column = static_cast<int>(at % width);
+  const float row = rows[at / width] * unit;
+  float v[8];
+  wan::load8(raw, at, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    v[i] *= columns ? row * columns[column + i] : row;
+    if (bias.data) v[i] += wan::load1(bias, column + i);
+  }
+  wan::store8(y, at, v);
+}
