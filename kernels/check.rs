@@ -27,6 +27,8 @@ use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, Unpatc
 use crate::philox::{stream, Philox};
 use crate::{adamw, adamw8bit, fp8, Exec, Result};
 
+mod caching;
+
 /// One compared result.
 #[derive(Debug, Clone)]
 pub struct Row {
@@ -119,6 +121,7 @@ pub fn all(gpu: &Gpu) -> Result<Vec<Row>> {
         gpu.use_portable(false);
     }
     flow(&mut c)?;
+    caching::all(&mut c)?;
     let mut rows = c.rows;
     rows.extend(exact(gpu)?);
     rows.extend(optimizers(gpu)?);

@@ -16,6 +16,7 @@ pub mod bench;
 #[doc(hidden)]
 pub mod check;
 pub mod conv3d;
+pub mod dense_attention;
 pub mod error;
 pub mod flow;
 pub mod fp8;

@@ -13,6 +13,9 @@ use candle_core::DType;
 use super::gpu::error;
 use crate::Result;
 
+mod batch;
+pub(crate) use batch::{Batch, Strided};
+
 const NAME: &str = "cublasLt";
 /// What cublasLt asks for on Hopper; smaller cards use less of it.
 const WORKSPACE: usize = 32 << 20;
@@ -83,6 +86,8 @@ struct Key {
     dtypes: [DType; 2],
     bias: bool,
     add: bool,
+    /// Count, then distances of rows and of matrices (left, right, out); zeros for a single product.
+    batch: [usize; 7],
     /// Largest power of two (at most 16) that divides all addresses.
     alignment: u32,
     /// Operands are e4m3: with scales by row in the product, or without any.
@@ -150,6 +155,7 @@ impl Blas {
             dtypes: [p.operands, p.result],
             bias: p.bias.is_some(),
             add: p.add.is_some(),
+            batch: [0; 7],
             alignment: 1 << all.trailing_zeros().min(4),
             eight: None,
         };

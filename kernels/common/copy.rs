@@ -77,6 +77,14 @@ impl Gpu {
     /// Copies CPU tensors to the card on the copy stream, and returns when they are there. Memory that computing still
     /// uses is not written before it is done with it.
     pub fn upload(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+        let there = self.start_upload(tensors)?;
+        self.finish_copies()?;
+        Ok(there)
+    }
+
+    /// [`Gpu::upload`] without waiting. What is computed with the copies must be issued behind [`Gpu::after_uploads`], and
+    /// the sources must live until then and be pinned or be left alone: the driver reads them while it computes.
+    pub fn start_upload(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
         self.stream().context().bind_to_thread().map_err(|e| error(NAME, e.to_string()))?;
         let mut there = Vec::with_capacity(tensors.len());
         for t in tensors {
@@ -86,12 +94,17 @@ impl Gpu {
         for (from, to) in tensors.iter().zip(&there) {
             let ((source, bytes), target) = (host_bytes(from)?, tensor_address(NAME, to)?);
             let stream = self.copies().cu_stream();
-            // SAFETY: both ends are live and of this size until the stream is waited for below.
+            // SAFETY: both ends are live and of this size until the copies are done: the caller keeps the sources, and
+            // the targets are freed, if at all, in the order of the compute stream, which waits for the copies.
             unsafe { sys::cuMemcpyHtoDAsync_v2(target, source.cast(), bytes, stream) }
                 .result()
                 .map_err(|e| error(NAME, e.to_string()))?;
         }
-        self.finish_copies()?;
         Ok(there)
+    }
+
+    /// What is issued to the compute stream from now on waits for all copies issued until now; the CPU does not.
+    pub fn after_uploads(&self) -> Result<()> {
+        self.stream().join(self.copies()).map_err(|e| error(NAME, e.to_string()))
     }
 }

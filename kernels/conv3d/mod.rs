@@ -4,15 +4,24 @@
 //! through in pieces of any length. Two paths: plain candle (any device, the definition) and a direct loop on the CPU
 //! (`cpu.rs`), which needs no unfolded copy of the input and adds in one fixed order, so that cutting a clip
 //! differently changes no bit. The two are held against each other, and both against a naive loop, in `tests.rs`.
+//!
+//! On a card 16-bit tensors keep their shape `[b,c,f,y,x]` but lie channels-last (see `cuda.rs`): what an op returns is
+//! such a view, what another op takes may be, and [`planes`] makes an ordinary tensor of it.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod layout;
 mod norm;
 mod plain;
 #[cfg(test)]
 mod tests;
 
+pub use layout::{frames, interleave, planes, prepare};
 pub use norm::{ChannelNorm, ChannelNormArgs};
 
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{Cost, Error, Op, Result};
 use candle_core::{DType, Tensor};
 
@@ -35,6 +44,10 @@ pub struct CausalConv3dArgs<'a> {
     pub pad_x: (usize, usize),
     /// Steps in frames, rows, columns.
     pub stride: [usize; 3],
+    /// The input is read as if every position were repeated 2 x 2; padding and strides are those of that larger picture.
+    pub up: bool,
+    /// Added to the result: of its shape, in the dtype of `x`.
+    pub add: Option<&'a Tensor>,
 }
 
 impl<'a> CausalConv3dArgs<'a> {
@@ -42,11 +55,22 @@ impl<'a> CausalConv3dArgs<'a> {
     pub fn causal(x: &'a Tensor, weight: &'a Tensor, bias: Option<&'a Tensor>, past: &'a [Tensor]) -> Result<Self> {
         let (_, _, kt, ky, kx) = weight.dims5()?;
         let (py, px) = (ky / 2, kx / 2);
-        Ok(Self { x, weight, bias, past, pad_front: kt - 1, pad_y: (py, py), pad_x: (px, px), stride: [1; 3] })
+        Ok(Self {
+            x,
+            weight,
+            bias,
+            past,
+            pad_front: kt - 1,
+            pad_y: (py, py),
+            pad_x: (px, px),
+            stride: [1; 3],
+            up: false,
+            add: None,
+        })
     }
 }
 
-/// Sizes of one call, after `check`.
+/// Sizes of one call, after `check`; `y` and `x` behind the repetition of `up`.
 #[derive(Debug, Clone, Copy)]
 struct Sizes {
     b: usize,
@@ -66,6 +90,7 @@ struct Sizes {
 impl CausalConv3dArgs<'_> {
     fn sizes(&self) -> Result<Sizes> {
         let (b, c, f, y, x) = self.x.dims5()?;
+        let (y, x) = if self.up { (2 * y, 2 * x) } else { (y, x) };
         let (o, _, kt, ky, kx) = self.weight.dims5()?;
         let out = |name, len: usize, k: usize, stride: usize| match len.checked_sub(k) {
             Some(room) if stride > 0 => Ok(room / stride + 1),
@@ -127,7 +152,14 @@ impl Op for CausalConv3d {
                 return Err(Error::Dtype { op: Self::NAME, tensor, got: t.dtype(), want: "f32, bf16 or f16" });
             }
         }
-        a.sizes().map(|_| ())
+        let s = a.sizes()?;
+        if let Some(add) = a.add {
+            let want = [s.b, s.o, s.f_out, s.y_out, s.x_out];
+            if add.dims() != want {
+                return Err(shape("add", add, format!("{want:?}")));
+            }
+        }
+        Ok(())
     }
 
     fn cost(a: &Self::Args<'_>) -> Cost {
@@ -135,18 +167,46 @@ impl Op for CausalConv3d {
         let out = (s.b * s.o * s.f_out * s.y_out * s.x_out) as f64;
         let taps = (s.c * s.kt * s.ky * s.kx) as f64;
         let width = a.x.dtype().size_in_bytes() as f64;
-        let read = (s.b * s.c * (s.f + a.past.len()) * s.y * s.x) as f64 * width;
+        let stored = a.x.elem_count() + a.past.iter().chain(a.add).map(Tensor::elem_count).sum::<usize>();
+        let read = stored as f64 * width;
         let weight = s.o as f64 * taps * a.weight.dtype().size_in_bytes() as f64;
         Cost { flops: 2.0 * out * taps, bytes: read + weight + out * width }
     }
 
-    /// Sums in fp32 over values of dtype `compute`, and rounds the result to `compute` once.
+    /// Sums in fp32 over values of dtype `compute`, and rounds the result to `compute` once; an addition once more.
     fn reference(a: &Self::Args<'_>, compute: DType) -> Result<Tensor> {
         let sizes = a.sizes()?;
-        if a.x.device().is_cpu() {
-            cpu::forward(a, sizes, compute)
-        } else {
-            plain::forward(a, sizes, compute)
+        let repeated = a.up.then(|| Ok::<_, Error>((doubled(a.x)?, doubled_all(a.past)?))).transpose()?;
+        let a = match &repeated {
+            Some((x, past)) => &CausalConv3dArgs { x, past, ..*a },
+            None => a,
+        };
+        let y = match a.x.device().is_cpu() {
+            true => cpu::forward(a, sizes, compute)?,
+            false => plain::forward(a, sizes, compute)?,
+        };
+        match a.add {
+            Some(add) => Ok((y + add.to_dtype(compute)?)?),
+            None => Ok(y),
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &Self::Args<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let sizes = a.sizes()?;
+        match cuda::takes(a, sizes, compute) {
+            true => cuda::forward(a, sizes, gpu, compute),
+            false => Self::reference(a, compute),
+        }
+    }
+}
+
+/// Every position of `[b,c,f,y,x]` repeated 2 x 2.
+fn doubled(x: &Tensor) -> Result<Tensor> {
+    let (b, c, f, y, w) = x.dims5()?;
+    Ok(x.reshape((b, c * f, y, w))?.upsample_nearest2d(2 * y, 2 * w)?.reshape((b, c, f, 2 * y, 2 * w))?)
+}
+
+fn doubled_all(frames: &[Tensor]) -> Result<Vec<Tensor>> {
+    frames.iter().map(doubled).collect()
 }

@@ -1,6 +1,10 @@
 //! The VAE's norm: each position's channel vector scaled to length sqrt(C), times `gamma`; optionally SiLU behind it.
 
 use super::cpu::{with_slice, Element};
+#[cfg(feature = "cuda")]
+use super::cuda;
+#[cfg(feature = "cuda")]
+use crate::common::gpu::Gpu;
 use crate::{Cost, Error, Op, Result};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -59,6 +63,14 @@ impl Op for ChannelNorm {
             DType::BF16 => direct::<bf16>(&x, &gamma, a.silu),
             DType::F16 => direct::<f16>(&x, &gamma, a.silu),
             got => Err(Error::Dtype { op: Self::NAME, tensor: "compute", got, want: "f32, bf16 or f16" }),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &Self::Args<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        match cuda::norm_takes(a, compute) {
+            true => cuda::norm(a, gpu, compute),
+            false => Self::reference(a, compute),
         }
     }
 }

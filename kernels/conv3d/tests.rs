@@ -159,6 +159,8 @@ fn each_case(mut f: impl FnMut(&CausalConv3dArgs<'_>)) {
             pad_y: c.pad_y,
             pad_x: c.pad_x,
             stride: c.stride,
+            up: false,
+            add: None,
         };
         CausalConv3d::check(&args).unwrap();
         f(&args);
@@ -298,4 +300,22 @@ fn channel_norm_refuses_a_gamma_of_another_width() {
     let (x, gamma) = (noise(&[1, 4, 2, 2, 2], 1), noise(&[3], 1));
     let e = Exec::cpu().run::<ChannelNorm>(&ChannelNormArgs { x: &x, gamma: &gamma, silu: true }).unwrap_err();
     assert!(e.to_string().contains("gamma"), "{e}");
+}
+
+#[test]
+fn a_repeated_input_and_an_addition_are_what_they_say() {
+    let (x, w, bias) = (noise(&[1, 3, 2, 4, 5], 1), noise(&[2, 3, 1, 3, 3], 2), noise(&[2], 3));
+    let larger = doubled(&x).unwrap();
+    assert_eq!(larger.dims(), [1, 3, 2, 8, 10]);
+    assert_eq!(values(&larger.narrow(3, 5, 1).unwrap()), values(&larger.narrow(3, 4, 1).unwrap()));
+    let add = noise(&[1, 2, 2, 8, 10], 4);
+    let run = |a: CausalConv3dArgs<'_>| Exec::cpu().run::<CausalConv3d>(&a).unwrap();
+    let plain = run(CausalConv3dArgs::causal(&larger, &w, Some(&bias), &[]).unwrap());
+    let a =
+        CausalConv3dArgs { up: true, add: Some(&add), ..CausalConv3dArgs::causal(&x, &w, Some(&bias), &[]).unwrap() };
+    assert_eq!(values(&run(a)), values(&(plain + &add).unwrap()));
+    let small = noise(&[1, 2, 2, 4, 5], 4);
+    let wrong =
+        CausalConv3dArgs { up: true, add: Some(&small), ..CausalConv3dArgs::causal(&x, &w, None, &[]).unwrap() };
+    assert!(Exec::cpu().run::<CausalConv3d>(&wrong).unwrap_err().to_string().contains("add"));
 }

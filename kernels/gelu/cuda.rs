@@ -14,12 +14,13 @@ pub(super) fn forward(op: &'static str, kernel: &str, gpu: &Gpu, x: &Tensor) -> 
     Ok(y)
 }
 
-pub(super) fn backward(op: &'static str, gpu: &Gpu, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    let (n, dx) = (x.elem_count(), gpu.empty(dy.shape(), dy.dtype())?);
+/// A kernel of two tensors; the result is like the second.
+pub(super) fn two(op: &'static str, kernel: &str, gpu: &Gpu, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (n, y) = (b.elem_count(), gpu.empty(b.shape(), b.dtype())?);
     if n > 0 {
-        let (x_view, dy_view) = (View::new(op, x)?, View::new(op, dy)?);
-        let args = [Arg::tensor(&x_view), Arg::tensor(&dy_view), Arg::tensor(&View::new(op, &dx)?), Arg::i64(n)];
-        gpu.launch("gelu/gelu", "gelu_tanh_bwd", Launch::over(n, 8), &args)?;
+        let (a_view, b_view) = (View::new(op, a)?, View::new(op, b)?);
+        let args = [Arg::tensor(&a_view), Arg::tensor(&b_view), Arg::tensor(&View::new(op, &y)?), Arg::i64(n)];
+        gpu.launch("gelu/gelu", kernel, Launch::over(n, 8), &args)?;
     }
-    Ok(dx)
+    Ok(y)
 }

@@ -53,3 +53,15 @@ extern "C" __global__ void gelu_tanh_bwd(wan::In x, wan::In dy, wan::Out dx, lon
   }
   wan::store8(dx, at, n, g);
 }
+
+// y = gelu_tanh(gate) * x
+extern "C" __global__ void gelu_tanh_gate(wan::In gate, wan::In x, wan::Out y, long n) {
+  const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+  if (at >= n) return;
+  float g[8], v[8];
+  wan::load8(gate, at, n, g);
+  wan::load8(x, at, n, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= wan::GeluTanh::at(g[i]);
+  wan::store8(y, at, n, v);
+}

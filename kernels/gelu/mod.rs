@@ -34,6 +34,15 @@ pub struct GeluTanhBackwardArgs<'a> {
     pub dy: &'a Tensor,
 }
 
+/// `gelu_tanh(gate)·x`: the gated feed-forward of T5.
+pub struct GeluTanhGate;
+
+/// Two tensors of one shape.
+pub struct GeluTanhGateArgs<'a> {
+    pub gate: &'a Tensor,
+    pub x: &'a Tensor,
+}
+
 /// GELU by the error function: `x·Φ(x)`.
 pub struct GeluErf;
 
@@ -93,7 +102,34 @@ impl Op for GeluTanhBackward {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &GeluTanhBackwardArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
-        cuda::backward(Self::NAME, gpu, a.x, a.dy)
+        cuda::two(Self::NAME, "gelu_tanh_bwd", gpu, a.x, a.dy)
+    }
+}
+
+impl Op for GeluTanhGate {
+    type Args<'a> = GeluTanhGateArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "gelu_tanh_gate";
+
+    fn check(a: &GeluTanhGateArgs<'_>) -> Result<()> {
+        gate::float(Self::NAME, "gate", a.gate)?;
+        gate::float(Self::NAME, "x", a.x)?;
+        gate::shape(Self::NAME, "gate", a.gate, a.x.dims(), "the shape of x")
+    }
+
+    fn cost(a: &GeluTanhGateArgs<'_>) -> Cost {
+        Cost { flops: 10.0 * a.x.elem_count() as f64, bytes: 2.0 * gate::bytes(a.x) + gate::bytes(a.gate) }
+    }
+
+    fn reference(a: &GeluTanhGateArgs<'_>, _compute: DType) -> Result<Tensor> {
+        let gate = num::f32(a.gate)?;
+        let sigmoid = sigmoid_2u(&gate, &gate.sqr()?)?;
+        Ok(((gate * sigmoid)? * num::f32(a.x)?)?.to_dtype(a.x.dtype())?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &GeluTanhGateArgs<'_>, gpu: &Gpu, _compute: DType) -> Result<Tensor> {
+        cuda::two(Self::NAME, "gelu_tanh_gate", gpu, a.gate, a.x)
     }
 }
 

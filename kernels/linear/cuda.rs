@@ -67,6 +67,35 @@ pub(super) fn times(gpu: &Gpu, t: &Times<'_>, compute: DType) -> Result<Tensor> 
     cast(gpu, t.op, &y, t.out)
 }
 
+/// `out [rows, columns] = x [rows, inner] · weightᵀ (+ bias) (+ add)` on memory: for callers with layouts of their own.
+pub(crate) struct Plain {
+    pub rows: usize,
+    pub inner: usize,
+    pub columns: usize,
+    pub x: u64,
+    pub weight_oi: u64,
+    pub bias: Option<u64>,
+    pub add: Option<u64>,
+    pub out: u64,
+    /// Of everything.
+    pub dtype: DType,
+}
+
+pub(crate) fn plain_product(gpu: &Gpu, p: &Plain) -> Result<()> {
+    gpu.blas().run(&Product {
+        rows: p.rows,
+        columns: p.columns,
+        inner: p.inner,
+        left: Matrix { address: p.x, transposed: false },
+        right: Matrix { address: p.weight_oi, transposed: true },
+        operands: p.dtype,
+        out: p.out,
+        result: p.dtype,
+        bias: p.bias,
+        add: p.add,
+    })
+}
+
 /// `dyᵀ·x` in F32.
 pub(super) fn weight_grad(op: &'static str, gpu: &Gpu, x: &Tensor, dy: &Tensor, compute: DType) -> Result<Tensor> {
     let (i, o) = (super::last(x), super::last(dy));

@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Device, Tensor, D};
 
+use super::packed::{Pinned, Segment};
 use super::store::{Layer, Matrix, Norm};
-use super::{keys, Storage, Umt5Config, Umt5Options, WeightSource, MODEL};
+use super::{keys, Residence, Storage, Umt5Config, Umt5Options, WeightSource, MODEL};
 use crate::{Error, Result};
 
 /// Called with the name and value of intermediate tensors (`block0.attn`, `block0.ffn`, `block0.out`,
@@ -12,11 +13,15 @@ pub type Trace<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<()>;
 
 /// An encoder over a source of weights.
 pub struct Umt5 {
-    config: Umt5Config,
-    options: Umt5Options,
-    source: Box<dyn WeightSource + Send + Sync>,
-    /// Empty when streamed.
-    layers: Vec<Layer>,
+    pub(super) config: Umt5Config,
+    pub(super) options: Umt5Options,
+    pub(super) source: Box<dyn WeightSource + Send + Sync>,
+    /// Empty when read from the source for each call.
+    pub(super) layers: Vec<Layer>,
+    /// Keeps host memory in place that the card reads by itself.
+    pub(super) _pinned: Option<Pinned>,
+    /// All prompts' tokens side by side, through the ops that have kernels (see `packed.rs`): 16-bit computing on a card.
+    pub(super) packed: bool,
 }
 
 impl Umt5 {
@@ -34,12 +39,23 @@ impl Umt5 {
     ) -> Result<Self> {
         config.check(source.as_ref())?;
         let mut layers = Vec::new();
-        if !options.streamed {
+        let on_card = options.exec.device().is_cuda();
+        if options.residence != Residence::Source {
             for i in 0..config.layers {
-                layers.push(Layer::load(source.as_ref(), i, &config, &options)?);
+                let layer = Layer::load(source.as_ref(), i, &config, &options)?;
+                layers.push(match options.residence {
+                    // By way of the card, which converts and quantises faster.
+                    Residence::Host => layer.map(&mut |t| Ok(t.to_device(&Device::Cpu)?))?,
+                    _ => layer,
+                });
             }
         }
-        Ok(Umt5 { config, options, source, layers })
+        let pinned = match options.residence == Residence::Host && on_card {
+            true => Pinned::new(&options.exec, &layers)?,
+            false => None,
+        };
+        let packed = on_card && options.exec.compute() != DType::F32;
+        Ok(Umt5 { config, options, source, layers, _pinned: pinned, packed })
     }
 
     pub fn config(&self) -> &Umt5Config {
@@ -47,7 +63,8 @@ impl Umt5 {
     }
 
     /// Encodes a padded batch: `ids` and `mask` (1 = token, 0 = padding) are `[b, l]` integers; the result is
-    /// `[b, l, d]` in the compute dtype. Padding keys are masked, padding rows are computed like any other.
+    /// `[b, l, d]` in the compute dtype (fp32 where a card computes in 16 bit). Padding keys are masked, padding rows are
+    /// computed like any other.
     pub fn encode(&self, ids: &Tensor, mask: &Tensor) -> Result<Tensor> {
         self.encode_traced(ids, mask, &mut |_, _| Ok(()))
     }
@@ -61,6 +78,11 @@ impl Umt5 {
             });
         }
         let x_bld = self.embed(ids_bl)?;
+        if self.packed {
+            let (b, l, d) = x_bld.dims3()?;
+            let x = self.run_packed(x_bld.reshape((1, b * l, d))?, &Segment::padded(mask_bl)?, trace)?;
+            return Ok(x.reshape((b, l, d))?);
+        }
         let out = self.run(vec![(x_bld, Some(self.key_mask(mask_bl)?))], trace)?;
         out.into_iter().next().ok_or_else(|| Error::Invalid { model: MODEL, what: "no output".into() })
     }
@@ -87,6 +109,12 @@ impl Umt5 {
             let ids_bl = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
             rows.push((self.embed(&ids_bl)?, None));
         }
+        if self.packed {
+            let segments = Segment::in_a_row(rows.iter().map(|(x, _)| x.dim(1).unwrap_or(0)));
+            let all: Vec<Tensor> = rows.into_iter().map(|(x, _)| x).collect();
+            let x = self.run_packed(Tensor::cat(&all, 1)?, &segments, &mut |_, _| Ok(()))?;
+            return segments.iter().map(|s| Ok(x.narrow(1, s.first, s.rows)?.squeeze(0)?.contiguous()?)).collect();
+        }
         self.run(rows, &mut |_, _| Ok(()))?.into_iter().map(|x| Ok(x.squeeze(0)?)).collect()
     }
 
@@ -103,18 +131,20 @@ impl Umt5 {
                 ),
             });
         }
-        let rows = self.source.rows("token_embedding.weight", &ids)?.to_device(&self.options.device)?;
+        let rows = self.source.rows("token_embedding.weight", &ids)?.to_device(self.options.exec.device())?;
         let rows = match self.options.storage {
             Storage::Fp8Cast => super::store::through_e4m3(&rows)?,
             _ => rows,
         };
-        Ok(rows.to_dtype(self.options.compute)?.reshape((b, l, self.config.dim))?)
+        let dtype = if self.packed { DType::F32 } else { self.options.exec.compute() };
+        Ok(rows.to_dtype(dtype)?.reshape((b, l, self.config.dim))?)
     }
 
     /// 0 where a key is a token and the smallest finite number where it is padding: `[b, 1, 1, m]` fp32.
     fn key_mask(&self, mask_bl: &Tensor) -> Result<Tensor> {
         let (b, l) = mask_bl.dims2()?;
-        let padding = mask_bl.to_device(&self.options.device)?.to_dtype(DType::F32)?.eq(0f32)?.to_dtype(DType::F32)?;
+        let padding =
+            mask_bl.to_device(self.options.exec.device())?.to_dtype(DType::F32)?.eq(0f32)?.to_dtype(DType::F32)?;
         Ok((padding * f64::from(f32::MIN))?.reshape((b, 1, 1, l))?)
     }
 

@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
+use wan_kernels::Exec;
 
 use crate::{Error, Result};
 
 mod encoder;
 pub mod keys;
+mod packed;
 pub mod random;
 mod store;
 #[cfg(test)]
@@ -175,19 +177,29 @@ pub enum Storage {
     Fp8Cast,
 }
 
+/// Where the layers' weights are between two calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Residence {
+    /// Where they are computed with.
+    #[default]
+    Resident,
+    /// In host memory; each is copied to the card while the layer before it computes. Without a card as `Resident`.
+    Host,
+    /// Nowhere: each layer is read from the source when it is needed, and dropped after.
+    Source,
+}
+
 /// How an encoder runs.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Umt5Options {
-    pub device: Device,
-    /// F32 is the definition; BF16 is what the old tool caches with.
-    pub compute: DType,
+    /// Where and in which dtype: F32 is the definition; BF16 is what the old tool caches with.
+    pub exec: Exec,
     pub storage: Storage,
-    /// Read each layer from the source when it is needed and drop it after, instead of keeping all of them.
-    pub streamed: bool,
+    pub residence: Residence,
 }
 
 impl Default for Umt5Options {
     fn default() -> Self {
-        Umt5Options { device: Device::Cpu, compute: DType::F32, storage: Storage::AsStored, streamed: false }
+        Umt5Options { exec: Exec::cpu(), storage: Storage::AsStored, residence: Residence::Resident }
     }
 }

@@ -16,16 +16,31 @@ pub(super) enum Matrix {
 impl Matrix {
     fn load(source: &dyn WeightSource, key: &str, options: &Umt5Options) -> Result<Self> {
         let w_oi = source.get(key)?;
+        // On a card matrices are held as they are used, and quantised there.
+        let on_card = options.exec.device().is_cuda();
+        let w_oi = match options.storage {
+            Storage::AsStored if on_card => w_oi.to_device(options.exec.device())?.to_dtype(options.exec.compute())?,
+            Storage::Fp8 if on_card => w_oi.to_device(options.exec.device())?,
+            _ => w_oi,
+        };
         Ok(match options.storage {
-            Storage::AsStored => Matrix::Plain(w_oi.to_device(&options.device)?),
+            Storage::AsStored => Matrix::Plain(w_oi.to_device(options.exec.device())?),
             Storage::Fp8 => {
-                let weight = fp8::Weight::quantize(&w_oi.to_dtype(options.compute)?, fp8::Granularity::Block)?;
-                Matrix::Fp8(weight.to_device(&options.device)?)
+                let weight = fp8::Weight::quantize(&w_oi.to_dtype(options.exec.compute())?, fp8::Granularity::Block)?;
+                Matrix::Fp8(weight.to_device(options.exec.device())?)
             }
             Storage::Fp8Cast => {
-                let one = Tensor::ones((), options.compute, w_oi.device())?;
-                Matrix::Fp8(fp8::Weight::new(to_e4m3(&w_oi)?, one)?.to_device(&options.device)?)
+                let one = Tensor::ones((), options.exec.compute(), w_oi.device())?;
+                Matrix::Fp8(fp8::Weight::new(to_e4m3(&w_oi)?, one)?.to_device(options.exec.device())?)
             }
+        })
+    }
+
+    /// The same weights, each tensor passed through `f`.
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Matrix::Plain(w_oi) => Matrix::Plain(f(w_oi)?),
+            Matrix::Fp8(weight) => Matrix::Fp8(fp8::Weight::new(f(weight.codes_oi())?, f(weight.scale())?)?),
         })
     }
 
@@ -47,17 +62,17 @@ impl Matrix {
 
 /// Root-mean-square norm without a bias, statistics in fp32.
 pub(super) struct Norm {
-    w_d: Tensor,
+    pub w_d: Tensor,
 }
 
 impl Norm {
     pub(super) fn load(source: &dyn WeightSource, key: &str, options: &Umt5Options) -> Result<Self> {
-        let w_d = source.get(key)?.to_device(&options.device)?;
+        let w_d = source.get(key)?.to_device(options.exec.device())?;
         let w_d = match options.storage {
             Storage::Fp8Cast => through_e4m3(&w_d)?,
             _ => w_d,
         };
-        Ok(Norm { w_d: w_d.to_dtype(options.compute)? })
+        Ok(Norm { w_d: w_d.to_dtype(options.exec.compute())? })
     }
 
     pub(super) fn forward(&self, x_bld: &Tensor, eps: f64) -> Result<Tensor> {
@@ -111,6 +126,24 @@ impl Layer {
     }
 }
 
+impl Layer {
+    /// The same weights, each tensor passed through `f`, always in the same order.
+    pub(super) fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Layer {
+            norm1: Norm { w_d: f(&self.norm1.w_d)? },
+            q: self.q.map(f)?,
+            k: self.k.map(f)?,
+            v: self.v.map(f)?,
+            o: self.o.map(f)?,
+            bias: self.bias.as_ref().map(&mut *f).transpose()?,
+            norm2: Norm { w_d: f(&self.norm2.w_d)? },
+            gate: self.gate.map(f)?,
+            fc1: self.fc1.map(f)?,
+            fc2: self.fc2.map(f)?,
+        })
+    }
+}
+
 /// The relative position table of layer `i`, `[buckets, heads]`.
 pub(super) fn bias_table(
     source: &dyn WeightSource,
@@ -118,7 +151,7 @@ pub(super) fn bias_table(
     config: &Umt5Config,
     options: &Umt5Options,
 ) -> Result<Tensor> {
-    let table = source.get(&keys::bias_key(i, config.shared_bias))?.to_device(&options.device)?;
+    let table = source.get(&keys::bias_key(i, config.shared_bias))?.to_device(options.exec.device())?;
     match options.storage {
         Storage::Fp8Cast => through_e4m3(&table),
         _ => Ok(table),

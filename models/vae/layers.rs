@@ -4,7 +4,10 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use wan_kernels::conv3d::{CausalConv3d, CausalConv3dArgs, ChannelNorm, ChannelNormArgs};
+pub(super) use wan_kernels::conv3d::frames;
+use wan_kernels::conv3d::{interleave, prepare, CausalConv3d, CausalConv3dArgs, ChannelNorm, ChannelNormArgs};
+use wan_kernels::dense_attention::{DenseAttention, DenseAttentionArgs};
+use wan_kernels::linear::{Linear, LinearArgs};
 use wan_kernels::Exec;
 
 pub(super) const MODEL: &str = "vae";
@@ -38,6 +41,7 @@ impl Builder<'_> {
     fn conv(&mut self, prefix: &str, c: usize, o: usize, [kt, ky, kx]: [usize; 3], flat: bool) -> Result<Conv> {
         let shape = if flat { vec![o, c, ky, kx] } else { vec![o, c, kt, ky, kx] };
         let weight = self.tensor(&format!("{prefix}.weight"), &shape)?.reshape((o, c, kt, ky, kx))?;
+        let weight = prepare(self.exec, &weight)?;
         let bias = self.tensor(&format!("{prefix}.bias"), &[o])?;
         Ok(Conv { weight, bias, pad_y: (ky / 2, ky / 2), pad_x: (kx / 2, kx / 2), step: 1, slot: self.slot() })
     }
@@ -125,16 +129,6 @@ impl Cache {
     }
 }
 
-/// `n` frames of `x` from frame `i`, contiguous; all of them without a copy.
-pub(super) fn frames(x: &Tensor, i: usize, n: usize) -> Result<Tensor> {
-    if (i, n) == (0, x.dim(2)?) {
-        return Ok(x.clone());
-    }
-    // `contiguous` alone may keep sharing the storage of the whole clip and so keep it alive.
-    let cut = x.narrow(2, i, n)?;
-    Ok(if cut.is_contiguous() { cut.copy()? } else { cut.contiguous()? })
-}
-
 /// A convolution; `weight` is `[o,c,kt,ky,kx]`.
 pub(super) struct Conv {
     pub weight: Tensor,
@@ -157,14 +151,21 @@ impl Conv {
             pad_y: self.pad_y,
             pad_x: self.pad_x,
             stride: [step_f, self.step, self.step],
+            up: false,
+            add: None,
         }
     }
 
     /// Each frame from itself and the `kt - 1` before it; the stream starts with zeros.
     pub fn causal(&self, exec: &Exec, cache: &mut Cache, x: &Tensor) -> Result<Tensor> {
+        self.causal_plus(exec, cache, x, None)
+    }
+
+    /// `causal`, and `add` to it.
+    fn causal_plus(&self, exec: &Exec, cache: &mut Cache, x: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
         let keep = self.weight.dim(2)? - 1;
         let slot = &mut cache.slots[self.slot];
-        let y = exec.run::<CausalConv3d>(&self.args(x, &slot.frames, keep, 1))?;
+        let y = exec.run::<CausalConv3d>(&CausalConv3dArgs { add, ..self.args(x, &slot.frames, keep, 1) })?;
         if keep > 0 {
             slot.remember(x, keep)?;
         }
@@ -202,8 +203,7 @@ impl ResBlock {
         drop(x);
         h = self.conv_1.causal(exec, cache, &h)?;
         h = self.norm_2.run(exec, &h, true)?;
-        h = self.conv_2.causal(exec, cache, &h)?;
-        Ok((h + skip)?)
+        self.conv_2.causal_plus(exec, cache, &h, Some(&skip))
     }
 }
 
@@ -222,6 +222,9 @@ impl Attention {
         let (b, c, f, y, w) = x.dims5()?;
         let n = y * w;
         let h = self.norm.run(exec, &x, false)?;
+        if is_half_on_card(exec) {
+            return self.on_card(exec, h, x);
+        }
         let qkv = self.to_qkv.causal(exec, cache, &h)?.to_dtype(DType::F32)?;
         let scale = 1.0 / (c as f64).sqrt();
         let rows = (SCORES / n).clamp(1, n);
@@ -244,6 +247,37 @@ impl Attention {
         let h = Tensor::cat(&samples, 0)?.to_dtype(exec.compute())?;
         Ok((self.proj.causal(exec, cache, &h)? + x)?)
     }
+}
+
+impl Attention {
+    /// The same over rows of channels: matrix products, none of which sees a whole clip's scores.
+    fn on_card(&self, exec: &Exec, h: Tensor, x: Tensor) -> Result<Tensor> {
+        let (b, c, f, y, w) = x.dims5()?;
+        let rows = |t: &Tensor| t.permute((0, 2, 3, 4, 1))?.contiguous()?.reshape((b * f, y * w, c));
+        let linear = |conv: &Conv, x: &Tensor| -> Result<Tensor> {
+            let (o, i, ..) = conv.weight.dims5()?;
+            let (weight_oi, bias_o) = (&conv.weight.reshape((o, i))?, Some(&conv.bias));
+            Ok(exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o, out: exec.compute() })?)
+        };
+        let qkv = linear(&self.to_qkv, &rows(&h)?)?;
+        let (q, k, v) = (qkv.narrow(2, 0, c)?, qkv.narrow(2, c, c)?, qkv.narrow(2, 2 * c, c)?);
+        let h = exec.run::<DenseAttention>(&DenseAttentionArgs {
+            q_bld: &q,
+            k_bmd: &k,
+            v_bmd: &v,
+            heads: 1,
+            scale: 1.0 / (c as f64).sqrt(),
+            bias_nr: None,
+            out: exec.compute(),
+        })?;
+        let y_rows = (linear(&self.proj, &h)? + rows(&x)?)?;
+        Ok(y_rows.reshape((b, f, y, w, c))?.permute((0, 4, 1, 2, 3))?)
+    }
+}
+
+/// Where activations are kept channels-last, in 16 bit.
+fn is_half_on_card(exec: &Exec) -> bool {
+    exec.device().is_cuda() && exec.compute() != DType::F32
 }
 
 pub(super) struct Down {
@@ -301,26 +335,17 @@ impl Up {
                 let f = x.dim(2)?;
                 let started = std::mem::replace(&mut cache.slots[time.slot].started, true);
                 match (started, f) {
-                    (true, _) => double(&time.causal(exec, cache, &x)?)?,
+                    (true, _) => interleave(&time.causal(exec, cache, &x)?)?,
                     (false, 1) => x,
                     (false, _) => {
-                        let rest = double(&time.causal(exec, cache, &frames(&x, 1, f - 1)?)?)?;
+                        let rest = interleave(&time.causal(exec, cache, &frames(&x, 1, f - 1)?)?)?;
                         Tensor::cat(&[frames(&x, 0, 1)?, rest], 2)?
                     }
                 }
             }
         };
-        let (b, c, f, y, w) = x.dims5()?;
-        x = x.reshape((b, c * f, y, w))?.upsample_nearest2d(2 * y, 2 * w)?.reshape((b, c, f, 2 * y, 2 * w))?;
-        self.space.causal(exec, cache, &x)
+        Ok(exec.run::<CausalConv3d>(&CausalConv3dArgs { up: true, ..self.space.args(&x, &[], 0, 1) })?)
     }
-}
-
-/// `[b,2c,f,y,x]` to `[b,c,2f,y,x]`: the two halves of the channels are the even and the odd frames.
-fn double(x: &Tensor) -> Result<Tensor> {
-    let (b, c, f, y, w) = x.dims5()?;
-    let x = x.reshape(&[b, 2, c / 2, f, y, w][..])?.permute(vec![0, 2, 3, 1, 4, 5])?;
-    Ok(x.contiguous()?.reshape((b, c / 2, 2 * f, y, w))?)
 }
 
 /// Mean over blocks of `time` frames by `space` x `space` pixels and over groups of neighbouring channels.
@@ -382,7 +407,7 @@ impl DupUp {
         let x = x.reshape(&[b, c, 1, f, y, w][..])?.broadcast_as(&[b, c, repeats, f, y, w][..])?.contiguous()?;
         let x = x.reshape(&[b, self.out, t, s, s, f, y, w][..])?.permute(vec![0, 1, 5, 2, 6, 3, 7, 4])?;
         let x = x.contiguous()?.reshape((b, self.out, f * t, y * s, w * s))?;
-        frames(&x, if first { t - 1 } else { 0 }, if first { f * t - (t - 1) } else { f * t })
+        Ok(frames(&x, if first { t - 1 } else { 0 }, if first { f * t - (t - 1) } else { f * t })?)
     }
 }
 

@@ -6,6 +6,7 @@
 //! Axes in names: `b` batch, `c` channels, `z` latent channels, `f`/`y`/`x` frames, rows, columns.
 
 mod arch;
+mod cost;
 mod layers;
 mod net;
 pub(crate) mod random;
@@ -14,13 +15,14 @@ mod stream;
 mod tests;
 
 pub use arch::{VaeArch, VaeKind};
-pub use random::random_vae;
+pub use random::{random_vae, random_vae_on};
 pub use stream::{Decoder, Encoded, Encoder};
 
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use layers::{Builder, Conv, Source, MODEL};
 use net::Net;
+use wan_kernels::conv3d::prepare;
 use wan_kernels::Exec;
 
 /// How a VAE computes.
@@ -127,7 +129,7 @@ impl Vae {
         if opts.frames_per_step == 0 {
             return invalid("frames_per_step must be at least 1".into());
         }
-        let exec = Exec::Reference { device: exec.device().clone(), compute: opts.compute };
+        let exec = exec.with_compute(opts.compute);
         let z = arch.z_dim;
         let builder = |source: &mut dyn Source, half: fn(&VaeArch, &mut Builder<'_>) -> Result<Net>, key, c, o| {
             let mut b = Builder { source, exec: &exec, slots: 0 };
@@ -138,7 +140,8 @@ impl Vae {
         if opts.encoder {
             let mut half = builder(source, Net::encoder, "conv1", 2 * z, 2 * z)?;
             // Its second half is the log-variance, which nothing reads: the mean is the latent, without sampling.
-            half.pointwise.weight = half.pointwise.weight.narrow(0, 0, z)?.contiguous()?;
+            let weight = half.pointwise.weight.narrow(0, 0, z)?.contiguous()?;
+            half.pointwise.weight = prepare(&exec, &weight)?;
             half.pointwise.bias = half.pointwise.bias.narrow(0, 0, z)?.contiguous()?;
             encoder = Some(half);
         }

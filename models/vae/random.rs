@@ -20,12 +20,17 @@ pub(crate) fn seeded(seed: u64, name: &str, shape: &[usize], mean: f64, std: f64
 struct Random<'a> {
     seed: u64,
     arch: &'a VaeArch,
+    /// Drawn there, by its own generator: fast, and other numbers on every device.
+    on: Option<&'a Device>,
     made: BTreeMap<String, Tensor>,
 }
 
 impl Source for Random<'_> {
     fn take(&mut self, key: &str, shape: &[usize]) -> Result<Tensor> {
-        let normal = |mean, std| seeded(self.seed, key, shape, mean, std);
+        let normal = |mean: f64, std: f64| match self.on {
+            Some(device) => Ok(Tensor::randn(mean as f32, std as f32, shape, device)?),
+            None => seeded(self.seed, key, shape, mean, std),
+        };
         let fan_in = shape[1..].iter().product::<usize>() as f64;
         let tensor = match key {
             // The encoder's last map is scaled and shifted to the latent statistics, and the decoder's first map back,
@@ -35,7 +40,8 @@ impl Source for Random<'_> {
             "conv2.weight" => {
                 let inverse: Vec<f32> = self.arch.latent_std.iter().map(|s| 1.0 / s).collect();
                 let w = normal(0.0, fan_in.powf(-0.5))?;
-                w.broadcast_mul(&Tensor::from_vec(inverse, (1, shape[1], 1, 1, 1), &Device::Cpu)?)?
+                let inverse = Tensor::from_vec(inverse, (1, shape[1], 1, 1, 1), w.device())?;
+                w.broadcast_mul(&inverse)?
             }
             _ if key.ends_with("gamma") => normal(1.0, 0.1)?,
             _ if key.ends_with("bias") => normal(0.0, 0.05)?,
@@ -48,7 +54,9 @@ impl Source for Random<'_> {
             _ => normal(0.0, fan_in.powf(-0.5))?,
         };
         let rounded = tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
-        self.made.insert(key.to_owned(), rounded.clone());
+        if self.on.is_none() {
+            self.made.insert(key.to_owned(), rounded.clone());
+        }
         Ok(rounded)
     }
 }
@@ -57,7 +65,7 @@ impl Random<'_> {
     /// Repeats the statistics of the mean's channels for the log-variance's.
     fn stat(&self, v: &[f32], n: usize) -> Result<Tensor> {
         let v: Vec<f32> = v.iter().cycle().take(n).copied().collect();
-        Ok(Tensor::from_vec(v, n, &Device::Cpu)?)
+        Ok(Tensor::from_vec(v, n, self.on.unwrap_or(&Device::Cpu))?)
     }
 
     fn rows(&self, w: Tensor, v: &[f32]) -> Result<Tensor> {
@@ -69,7 +77,13 @@ impl Random<'_> {
 /// Seeded random weights under the official keys (F32, every value exact in bf16) whose latents are near zero mean and
 /// unit deviation.
 pub fn random_vae(arch: &VaeArch, seed: u64) -> Result<BTreeMap<String, Tensor>> {
-    let mut source = Random { seed, arch, made: BTreeMap::new() };
+    let mut source = Random { seed, arch, on: None, made: BTreeMap::new() };
     Vae::build(arch.clone(), &Exec::cpu(), VaeOptions::default(), &mut source)?;
     Ok(source.made)
+}
+
+/// A VAE of such weights for benches, drawn where it computes.
+pub fn random_vae_on(arch: &VaeArch, exec: &Exec, options: VaeOptions) -> Result<Vae> {
+    let mut source = Random { seed: 0, arch, on: Some(exec.device()), made: BTreeMap::new() };
+    Vae::build(arch.clone(), exec, options, &mut source)
 }

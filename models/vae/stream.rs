@@ -3,7 +3,8 @@
 use super::layers::{frames, Cache};
 use super::{invalid, Half, Trace, Vae};
 use crate::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use wan_kernels::conv3d::planes;
 
 /// What `Encoder::finish` gives.
 #[derive(Debug, Clone)]
@@ -85,7 +86,15 @@ impl<'a> Encoder<'a> {
         let mut moments = Vec::new();
         self.half.net.push(exec, &mut self.cache, x, self.vae.opts.frames_per_step, trace, &mut moments)?;
         for m in moments {
-            self.means.push(self.half.pointwise.causal(exec, &mut self.cache, &m)?);
+            // On a card the means are not rounded to 16 bit: one small matrix in fp32. The CPU's definition is.
+            let mean = match exec.device().is_cuda() && !self.vae.opts.rounded_io {
+                true => {
+                    let m = planes(&m)?.to_dtype(DType::F32)?;
+                    self.half.pointwise.causal(&exec.with_compute(DType::F32), &mut self.cache, &m)?
+                }
+                false => planes(&self.half.pointwise.causal(exec, &mut self.cache, &m)?)?,
+            };
+            self.means.push(mean);
         }
         Ok(())
     }
@@ -122,7 +131,7 @@ impl<'a> Decoder<'a> {
             return invalid(format!("latent has shape {dims:?}, expected [batch, {z}, frames, height, width]"));
         }
         let x = self.vae.denormalize(latent)?.to_dtype(exec.compute())?;
-        let mut out = Vec::new();
+        let (mut out, mut channels_last) = (Vec::new(), Vec::new());
         for i in 0..dims[2] {
             let x = self.half.pointwise.causal(exec, &mut self.cache, &frames(&x, i, 1)?)?;
             self.half.net.push(
@@ -131,8 +140,11 @@ impl<'a> Decoder<'a> {
                 x,
                 self.vae.opts.frames_per_step,
                 &mut |_, _| Ok(()),
-                &mut out,
+                &mut channels_last,
             )?;
+            for x in channels_last.drain(..) {
+                out.push(planes(&x)?);
+            }
         }
         out.iter().map(|x| unpatchify(x, self.vae.arch.patch())).collect()
     }
