@@ -93,6 +93,8 @@ pub enum BenchWhat {
     Start,
     /// Loss and gradients with 8-bit products against those without.
     Fast,
+    /// The models that caches are made with.
+    Cache,
 }
 
 /// Which caches `cache` makes.
@@ -133,6 +135,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                     Some("ops") => BenchWhat::Ops,
                     Some("start") => BenchWhat::Start,
                     Some("fast") => BenchWhat::Fast,
+                    Some("cache") => BenchWhat::Cache,
                     _ => BenchWhat::Steps,
                 },
                 case: m.get_one::<String>("case").cloned().unwrap_or_default(),
@@ -206,9 +209,9 @@ pub fn command() -> Command {
             verb("bench", "Time training steps on random weights, or single operations; needs a card, no files")
                 .arg(
                     Arg::new("what")
-                        .value_parser(PossibleValuesParser::new(["steps", "ops", "start", "fast"]))
+                        .value_parser(PossibleValuesParser::new(["steps", "ops", "start", "fast", "cache"]))
                         .default_value("steps")
-                        .help("Training steps; every kernel by itself; the start from a 28 GB file (made at --file when missing); or how far --fp8_fast departs"),
+                        .help("Training steps; every kernel by itself; the start from a 28 GB file (made at --file when missing); how far --fp8_fast departs; or VAE and text encoder"),
                 )
                 .arg(
                     Arg::new("case")

@@ -1,11 +1,12 @@
-//! Makes the latent files a survey found wanting: one thread decodes, this one encodes, and what lies between them is
-//! one clip, so that memory stays that of two clips whatever the data set.
+//! Makes the latent files a survey found wanting: some threads decode, this one encodes, one writes. A decoder holds one
+//! clip until this thread takes it, so that memory stays that of a few clips whatever the data set. Files are taken in
+//! their order, whoever decodes faster, so results and reports do not depend on timing.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{sync_channel, SyncSender};
-use std::sync::Arc;
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -35,8 +36,12 @@ pub struct Lazy<'a, T> {
 /// The models that latents are made with.
 pub struct LatentModels<'a> {
     pub vae: Lazy<'a, Vae>,
+    /// The same VAE in a dtype of wider range, for clips whose numbers overflow in the first one's.
+    pub wide_vae: Option<Box<dyn FnOnce() -> Result<Vae> + 'a>>,
     /// Needed where the options ask for CLIP features.
     pub clip: Option<Lazy<'a, ClipVision>>,
+    /// Files decoded at a time.
+    pub decoders: usize,
 }
 
 /// Frames converted and encoded at a time, after the first: what the VAE takes as a chunk.
@@ -69,33 +74,42 @@ pub fn cache_latents(
     if work.is_empty() {
         return Ok(());
     }
+    let decoders = models.decoders.clamp(1, work.len());
     let mut kitchen = Kitchen::new(survey, models, exec)?;
     let total = work.len() as u64;
     let mut task = progress.begin(Work { what: "latents", unit: "file", start: 0, total });
     let mut done = 0;
     std::thread::scope(|scope| -> Result<()> {
-        // No buffer: the next clip is decoded while this one is encoded, and waits for it in the decoder's hands.
-        let (send, receive) = sync_channel(0);
+        // No buffers: what is decoded ahead waits in its decoder's hands. A lane for each file keeps their order.
+        let (lanes, receivers): (Vec<_>, Vec<_>) = work.iter().map(|_| sync_channel(0)).unzip();
+        let lanes = Arc::new(Lanes(Mutex::new(lanes.into_iter().enumerate().collect())));
         let work = &work;
-        scope.spawn(move || decode_all(work, &send, stop));
-        // Leaving this loop drops the receiver, and that ends the decoder at its next clip.
-        for message in receive {
-            if stop.load(Ordering::Relaxed) {
-                break;
-            }
-            match message {
-                Message::Clip { entry, clip, sources } => {
-                    task.detail(&clip_name(&survey.items[survey.entries[entry].item], &clip));
-                    kitchen.take(survey, entry, clip, &sources)?;
+        for _ in 0..decoders {
+            let lanes = lanes.clone();
+            scope.spawn(move || decode_all(work, &lanes, stop));
+        }
+        let mut writer = Writer::spawn(scope);
+        // Leaving these loops drops the receivers, and that ends the decoders at their next clip.
+        'files: for receive in receivers {
+            for message in receive {
+                if stop.load(Ordering::Relaxed) {
+                    break 'files;
                 }
-                Message::End { entry, result } => {
-                    kitchen.finish(survey, entry, result)?;
-                    done += 1;
-                    task.advance(1, &file_name(&survey.items[survey.entries[entry].item].path));
+                match message {
+                    Message::Clip { entry, clip, sources } => {
+                        task.detail(&clip_name(&survey.items[survey.entries[entry].item], &clip));
+                        kitchen.take(survey, &mut writer, entry, clip, &sources)?;
+                    }
+                    Message::End { entry, result } => {
+                        kitchen.finish(survey, &mut writer, entry, result)?;
+                        done += 1;
+                        task.advance(1, &file_name(&survey.items[survey.entries[entry].item].path));
+                    }
                 }
             }
         }
-        kitchen.write_held(survey, None)
+        kitchen.write_held(survey, &mut writer, None)?;
+        writer.settle(survey)
     })?;
     drop(task);
     say_stopped(progress, stop, done, total, "files");
@@ -180,18 +194,80 @@ enum Message {
 #[error("nobody takes the clips any more")]
 struct HungUp;
 
-fn decode_all(work: &[WorkItem], send: &SyncSender<Message>, stop: &AtomicBool) {
-    for w in work {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let result = decode(w, send);
+/// The files that nobody decodes yet, in their order, each with the way its messages go.
+struct Lanes(Mutex<VecDeque<(usize, SyncSender<Message>)>>);
+
+impl Lanes {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<(usize, SyncSender<Message>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<(usize, SyncSender<Message>)> {
+        self.waiting().pop_front()
+    }
+
+    /// No file is begun any more; whoever waits for one learns it.
+    fn close(&self) {
+        self.waiting().clear();
+    }
+}
+
+fn decode_all(work: &[WorkItem], lanes: &Lanes, stop: &AtomicBool) {
+    while let (false, Some((i, send))) = (stop.load(Ordering::Relaxed), lanes.take()) {
+        let w = &work[i];
+        let result = decode(w, &send);
         if result.as_ref().is_err_and(|e| e.is::<HungUp>()) {
-            return;
+            break;
         }
         if send.send(Message::End { entry: w.entry, result }).is_err() {
-            return;
+            break;
         }
+    }
+    lanes.close();
+}
+
+/// Writes files beside the encoding, one at a time.
+struct Writer {
+    jobs: SyncSender<(PathBuf, Vec<u8>)>,
+    done: Receiver<Result<()>>,
+    /// What the survey said of the file that is being written.
+    writing: Option<(usize, LatentEntry)>,
+}
+
+impl Writer {
+    fn spawn<'scope>(scope: &'scope std::thread::Scope<'scope, '_>) -> Self {
+        let (jobs, todo) = sync_channel::<(PathBuf, Vec<u8>)>(0);
+        let (report, done) = sync_channel(1);
+        scope.spawn(move || {
+            for (path, bytes) in todo {
+                if report.send(fsio::write_bytes(&path, &bytes)).is_err() {
+                    return;
+                }
+            }
+        });
+        Writer { jobs, done, writing: None }
+    }
+
+    /// Begins to write; `before` is what the survey knew of the file.
+    fn write(&mut self, survey: &mut Survey, entry: usize, before: LatentEntry, bytes: Vec<u8>) -> Result<()> {
+        self.settle(survey)?;
+        let path = before.path.clone();
+        self.jobs.send((path, bytes)).map_err(|_| anyhow::anyhow!("the thread that writes files has ended"))?;
+        self.writing = Some((entry, before));
+        Ok(())
+    }
+
+    /// Waits for the file that is being written; where that failed the survey is told that it is not there.
+    fn settle(&mut self, survey: &mut Survey) -> Result<()> {
+        let Some((entry, before)) = self.writing.take() else { return Ok(()) };
+        let result = self.done.recv().context("the thread that writes files has ended")?;
+        if result.is_err() {
+            let clips = &mut survey.entries[entry].clips;
+            if let Some(clip) = clips.iter_mut().find(|c| c.path == before.path) {
+                *clip = before;
+            }
+        }
+        result
     }
 }
 
@@ -220,8 +296,11 @@ fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<Planned>> {
 
 /// Encodes clips and writes them. A clip's file is written when the next message comes: the last clip of a video then
 /// knows that it is the last, and its recipe lists them all.
-struct Kitchen {
+struct Kitchen<'a> {
     vae: Vae,
+    /// In a dtype of wider range, once a clip has needed it.
+    wide_vae: Option<Vae>,
+    load_wide: Option<Box<dyn FnOnce() -> Result<Vae> + 'a>>,
     vae_fingerprint: String,
     clip: Option<(ClipVision, String)>,
     device: Device,
@@ -236,8 +315,8 @@ struct Held {
     sources: Arc<Sources>,
 }
 
-impl Kitchen {
-    fn new(survey: &Survey, models: LatentModels<'_>, exec: &Exec) -> Result<Self> {
+impl<'a> Kitchen<'a> {
+    fn new(survey: &Survey, models: LatentModels<'a>, exec: &Exec) -> Result<Self> {
         let clip = match (survey.options.clip, models.clip) {
             (false, _) => None,
             (true, Some(clip)) => Some(((clip.load)()?, clip.fingerprint)),
@@ -249,11 +328,19 @@ impl Kitchen {
         };
         let vae_fingerprint = models.vae.fingerprint;
         let vae = (models.vae.load)()?;
-        Ok(Self { vae, vae_fingerprint, clip, device: exec.device().clone(), held: None })
+        let (load_wide, device) = (models.wide_vae, exec.device().clone());
+        Ok(Self { vae, wide_vae: None, load_wide, vae_fingerprint, clip, device, held: None })
     }
 
-    fn take(&mut self, survey: &mut Survey, entry: usize, clip: Clip, sources: &Arc<Sources>) -> Result<()> {
-        self.write_held(survey, None)?;
+    fn take(
+        &mut self,
+        survey: &mut Survey,
+        writer: &mut Writer,
+        entry: usize,
+        clip: Clip,
+        sources: &Arc<Sources>,
+    ) -> Result<()> {
+        self.write_held(survey, writer, None)?;
         if survey.entries[entry].fault.is_some() {
             return Ok(());
         }
@@ -264,12 +351,16 @@ impl Kitchen {
         if file.state.is_usable() {
             return Ok(());
         }
-        match self.encode(survey, &item, &clip) {
+        let mut made = self.encode(survey, &item, &clip);
+        if matches!(made, Err(Failure::Numbers(_))) && self.load_wide_vae()? {
+            made = self.encode_wide(survey, &item, &clip);
+        }
+        match made {
             Ok(tensors) => {
                 self.held = Some(Held { entry, file, tensors, sources: sources.clone() });
                 Ok(())
             }
-            Err(Failure::Medium(why)) => {
+            Err(Failure::Medium(why) | Failure::Numbers(why)) => {
                 survey.entries[entry].fault = Some(why);
                 Ok(())
             }
@@ -277,28 +368,50 @@ impl Kitchen {
         }
     }
 
-    fn finish(&mut self, survey: &mut Survey, entry: usize, result: Result<Vec<Planned>>) -> Result<()> {
+    /// Whether there is a VAE of wider range.
+    fn load_wide_vae(&mut self) -> Result<bool> {
+        if let Some(load) = self.load_wide.take() {
+            self.wide_vae = Some(load()?);
+        }
+        Ok(self.wide_vae.is_some())
+    }
+
+    fn encode_wide(&mut self, survey: &Survey, item: &Item, clip: &Clip) -> Result<LatentTensors, Failure> {
+        let Some(wide) = self.wide_vae.take() else { return self.encode(survey, item, clip) };
+        let narrow = std::mem::replace(&mut self.vae, wide);
+        let made = self.encode(survey, item, clip);
+        self.wide_vae = Some(std::mem::replace(&mut self.vae, narrow));
+        made
+    }
+
+    fn finish(
+        &mut self,
+        survey: &mut Survey,
+        writer: &mut Writer,
+        entry: usize,
+        result: Result<Vec<Planned>>,
+    ) -> Result<()> {
         match result {
             Ok(found) => {
                 let item = &survey.items[survey.entries[entry].item];
                 let all = found.iter().map(|c| (c.start, c.frames)).collect();
                 let list = ClipList { cut: cut_rule(survey.dataset(item)), all };
                 let list = (item.kind == Kind::Video).then_some(list);
-                self.write_held(survey, list)?;
+                self.write_held(survey, writer, list)?;
                 if survey.entries[entry].fault.is_none() {
                     survey.settle_clips(entry, &found);
                 }
                 Ok(())
             }
             Err(e) => {
-                self.write_held(survey, None)?;
+                self.write_held(survey, writer, None)?;
                 survey.entries[entry].fault = Some(format!("{e:#}"));
                 Ok(())
             }
         }
     }
 
-    fn write_held(&mut self, survey: &mut Survey, clips: Option<ClipList>) -> Result<()> {
+    fn write_held(&mut self, survey: &mut Survey, writer: &mut Writer, clips: Option<ClipList>) -> Result<()> {
         let Some(Held { entry, mut file, tensors, sources }) = self.held.take() else { return Ok(()) };
         let item = survey.items[survey.entries[entry].item].clone();
         let named = tensors.named()?;
@@ -317,7 +430,7 @@ impl Kitchen {
         };
         let mut metadata = format::latent_metadata(size.0 as usize, size.1 as usize, frame_count);
         metadata.insert(format::RECIPE_KEY.to_string(), serde_json::to_string(&recipe)?);
-        fsio::write_bytes(&file.path, &format::to_bytes(&named, &metadata)?)?;
+        writer.write(survey, entry, file.clone(), format::to_bytes(&named, &metadata)?)?;
         file.remade = file.state.is_spoilt().then(|| file.state.why());
         file.state = Freshness::Fresh;
         file.outcome = Outcome::Cached;
@@ -421,7 +534,7 @@ impl Kitchen {
 fn proper(tensors: LatentTensors) -> Result<LatentTensors, Failure> {
     for (name, tensor) in tensors.named()? {
         format::check_finite(&name, &tensor).map_err(|e| {
-            Failure::Medium(format!("the models gave no proper numbers for it ({e}); try --vae_dtype float32"))
+            Failure::Numbers(format!("the models gave no proper numbers for it ({e}); try --vae_dtype float32"))
         })?;
     }
     Ok(tensors)
@@ -430,6 +543,8 @@ fn proper(tensors: LatentTensors) -> Result<LatentTensors, Failure> {
 /// Why a clip has no latents: by its own fault, or by one that would meet every other clip too.
 enum Failure {
     Medium(String),
+    /// Infinite or not a number: the medium's fault, or that of a dtype too narrow for it.
+    Numbers(String),
     Work(anyhow::Error),
 }
 

@@ -9,7 +9,7 @@ use crate::error::UserError;
 
 /// A latent video by name: what the case names of reports mean.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-fn pixels(case: &str) -> Result<[usize; 3], UserError> {
+pub(super) fn pixels(case: &str) -> Result<[usize; 3], UserError> {
     match case {
         "img720" => return Ok([1280, 720, 1]),
         "v21" => return Ok([1280, 720, 21]),
@@ -100,6 +100,7 @@ mod on_card {
             }
             BenchWhat::Start => start(gpu, &job, &exec, options),
             BenchWhat::Fast => fast(gpu, &job, &exec, options),
+            BenchWhat::Cache => super::super::bench_cache::run(gpu, &exec, options),
         }
     }
 

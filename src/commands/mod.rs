@@ -1,6 +1,8 @@
 //! One file per verb. This is the only place that wires the stages together.
 
 mod bench;
+#[cfg(feature = "cuda")]
+mod bench_cache;
 mod cache;
 mod check;
 mod demo;

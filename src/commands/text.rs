@@ -4,13 +4,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use wan_kernels::Exec;
 use wan_models::arch::Role;
-use wan_models::umt5::{official_key, Storage, Umt5, Umt5Config, Umt5Options, WeightSource};
+use wan_models::umt5::{official_key, Residence, Storage, Umt5, Umt5Config, Umt5Options, WeightSource};
 
 use super::cache::unreadable;
 use super::job::Job;
 use crate::cache::{fingerprint, CacheOptions, CaptionTokens, Lazy, TextEncoder, TextModels};
 use crate::error::UserError;
+#[cfg(feature = "cuda")]
+use crate::fsio::human;
 use crate::loader::Keyed;
 use crate::plan::available_ram;
 use crate::tokenizer::{for_text_encoder, UmT5Tokenizer};
@@ -46,16 +49,50 @@ fn tokenizer_fingerprint(path: Option<&Path>) -> anyhow::Result<String> {
 }
 
 /// The models that caption embeddings are made with; the encoder is loaded when the first caption needs it.
-pub fn models<'a>(job: &'a Job, options: &CacheOptions) -> anyhow::Result<TextModels<'a>> {
+pub fn models<'a>(job: &'a Job, options: &CacheOptions, exec: &'a Exec) -> anyhow::Result<TextModels<'a>> {
     let path = job.model_file("t5", Role::T5, job.config.t5.as_ref())?;
     Ok(TextModels {
         encoder: Lazy {
             fingerprint: options.umt5.clone().unwrap_or_default(),
-            load: Box::new(move || Ok(Box::new(Encoder::load(job, &path)?) as Box<dyn TextEncoder>)),
+            load: Box::new(move || Ok(Box::new(Encoder::load(job, &path, exec)?) as Box<dyn TextEncoder>)),
         },
         tokenizer_fingerprint: options.tokenizer.clone().unwrap_or_default(),
         batch: BATCH,
     })
+}
+
+/// What 16 prompts of 512 tokens take beside the weights, rounded up.
+#[cfg(feature = "cuda")]
+const WORKING: u64 = 5 << 29;
+
+/// The fastest place for the weights in which they fit; `bytes` is the size of the file.
+fn residence(job: &Job, exec: &Exec, config: &Umt5Config, storage: Storage, bytes: u64) -> Residence {
+    let ram = available_ram().unwrap_or(u64::MAX);
+    #[cfg(feature = "cuda")]
+    if let Exec::Cuda { gpu, .. } = exec {
+        let layers: usize = config.tensors()[1..].iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        // 16-bit scales for every 64 codes of a byte.
+        let layers = if storage == Storage::AsStored { 2 * layers as u64 } else { layers as u64 * 33 / 32 };
+        // What the pool holds and nobody uses is free too.
+        let free = gpu.memory().map_or(0, |m| m.free + (m.reserved_peak.saturating_sub(m.used)));
+        if layers + WORKING <= free {
+            return Residence::Resident;
+        }
+        let room = format!("the text encoder takes {}, the card has {}", human(layers), human(free));
+        if layers <= ram / 4 * 3 {
+            job.progress.say(&format!("{room}: its layers are copied to it as they are needed; --fp8_t5 halves them"));
+            return Residence::Host;
+        }
+        job.progress.say(&format!("{room}, and memory {}: its layers are read for each batch", human(ram)));
+        return Residence::Source;
+    }
+    let _ = (exec, config, storage);
+    // Half of what is free: the page cache and the caches being written want some too.
+    if bytes > ram / 2 {
+        job.progress.say("the text encoder does not fit in memory: its layers are read as they are needed");
+        return Residence::Source;
+    }
+    Residence::Resident
 }
 
 struct Encoder {
@@ -64,7 +101,7 @@ struct Encoder {
 }
 
 impl Encoder {
-    fn load(job: &Job, path: &Path) -> anyhow::Result<Self> {
+    fn load(job: &Job, path: &Path, exec: &Exec) -> anyhow::Result<Self> {
         let file = Keyed::open(path, "the text encoder", official_key)?;
         let bytes = file.source().total_bytes();
         let source = FileSource(file);
@@ -85,13 +122,11 @@ impl Encoder {
             (true, false) => Storage::Fp8,
             (true, true) => Storage::Fp8Cast,
         };
-        // Half of what is free: the page cache and the caches being written want some too.
-        let streamed = available_ram().is_some_and(|free| bytes > free / 2);
-        if streamed {
-            job.progress.say("the text encoder does not fit in memory: its layers are read as they are needed");
-        }
         let compute = if job.config.musubi_compat { DType::BF16 } else { DType::F32 };
-        let options = Umt5Options { device: Device::Cpu, compute, storage, streamed };
+        // A card computes linears and attention in bf16 (fp16 overflows in T5) on a stream in fp32.
+        let exec = if exec.device().is_cuda() { exec.with_compute(DType::BF16) } else { exec.with_compute(compute) };
+        let residence = residence(job, &exec, &config, storage, bytes);
+        let options = Umt5Options { exec, storage, residence };
         Ok(Self {
             tokenizer: for_text_encoder(Some(path), None)?.tokenizer,
             model: Umt5::with_config(config, Box::new(source), options)?,

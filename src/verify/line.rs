@@ -150,6 +150,13 @@ fn ratio(error: f64, size: f64) -> f64 {
     }
 }
 
+/// Length of the difference relative to the length of `want`.
+pub fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
+    let (got, want) = (numbers(got)?, numbers(want)?);
+    let error: f64 = got.iter().zip(&want).map(|(g, w)| (g - w) * (g - w)).sum();
+    Ok(ratio(error.sqrt(), want.iter().map(|w| w * w).sum::<f64>().sqrt()))
+}
+
 /// Every element, flattened.
 pub fn numbers(t: &Tensor) -> Result<Vec<f64>> {
     Ok(t.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)

@@ -1,22 +1,29 @@
 //! VAE: encoder means, latents, stages of the first frame, decoded video.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use wan_kernels::Exec;
 use wan_models::vae::{Encoder, Vae, VaeArch, VaeOptions};
 
+use super::golden::Tensors;
 use super::json::{integer, list, numbers, text};
+use super::line::relative;
 use super::{Case, Tolerance};
 
-/// The VAE whose case is called `stem`.
+/// The VAE whose case is called `stem`, where the case is computed.
 pub fn load(case: &Case<'_>, stem: &str, options: VaeOptions) -> Result<Vae> {
+    load_on(case, stem, options, case.exec)
+}
+
+fn load_on(case: &Case<'_>, stem: &str, options: VaeOptions, exec: &Exec) -> Result<Vae> {
     let json = case.golden.json(&format!("{stem}.json"))?;
     let floats = |key: &str| -> Result<Vec<f32>> { Ok(numbers(&json, key)?.into_iter().map(|v| v as f32).collect()) };
     let arch = VaeArch::from_official(&json["config"], floats("latent_mean")?, floats("latent_std")?)?;
     let weights = case.golden.tensors(&format!("{stem}.weights.safetensors"))?;
     // Every weight belongs to the file's case, whichever half is used here.
-    let all = weights.all_f32(case.exec.device())?;
+    let all = weights.all_f32(exec.device())?;
     let missing = |key: &str| wan_models::Error::MissingWeight { model: "vae", key: key.to_string() };
-    Ok(Vae::load(arch, case.exec, options, &mut |key| all.get(key).cloned().ok_or_else(|| missing(key)))?)
+    Ok(Vae::load(arch, exec, options, &mut |key| all.get(key).cloned().ok_or_else(|| missing(key)))?)
 }
 
 pub fn run(case: &Case<'_>) -> Result<()> {
@@ -44,6 +51,9 @@ pub fn run(case: &Case<'_>) -> Result<()> {
             line.tensor("latent", &encoded.latent.squeeze(0)?, &io.f32(&format!("enc{i}.latent"), device)?)
         });
     }
+    if device.is_cuda() {
+        in_sixteen_bit(case, &io)?;
+    }
     let prefix = "trace_enc0_frame0.";
     if io.keys(prefix).next().is_some() {
         case.check("stages of one frame", Tolerance::Abs(1e-4), |line| {
@@ -63,6 +73,37 @@ pub fn run(case: &Case<'_>) -> Result<()> {
             }
             Ok(())
         });
+    }
+    Ok(())
+}
+
+/// As a card makes caches: 16-bit activations in the kernels' own layout. They may be twice as far from the recorded
+/// numbers as the plain definition in the same dtype.
+fn in_sixteen_bit(case: &Case<'_>, io: &Tensors) -> Result<()> {
+    for compute in [DType::BF16, DType::F16] {
+        let options = VaeOptions { compute, frames_per_step: 4, ..VaeOptions::default() };
+        let fast = load_on(case, &case.stem, options, case.exec)?;
+        let naive = load_on(case, &case.stem, options, &Exec::cpu())?;
+        for entry in list(&case.json, "cases")? {
+            let (kind, i) = (text(entry, "kind")?, integer(entry, "idx")?);
+            let (input, want) = match kind {
+                "decode" => (format!("dec{i}.latent"), format!("dec{i}.video_unclamped")),
+                _ => (format!("enc{i}.video_u8"), format!("enc{i}.latent")),
+            };
+            let want = io.f32(&want, &Device::Cpu)?.unsqueeze(0)?;
+            let run = |vae: &Vae, device: &Device| -> Result<Tensor> {
+                let input = io.get(&input)?.unsqueeze(0)?.to_device(device)?;
+                let out = match kind {
+                    "decode" => vae.decode_unclamped(&input)?,
+                    _ => vae.encode(&vae.pixels(&input)?)?,
+                };
+                Ok(out.to_dtype(DType::F32)?)
+            };
+            let allowed = 2.0 * relative(&run(&naive, &Device::Cpu)?, &want)?;
+            case.check(&format!("{kind} {i} in {compute:?}"), Tolerance::L2(allowed), |line| {
+                line.tensor("result", &run(&fast, case.exec.device())?, &want)
+            });
+        }
     }
     Ok(())
 }

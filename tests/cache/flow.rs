@@ -15,6 +15,33 @@ const WALK: &str = "cache/videos/walk_00000-005_0048x0032_wan.safetensors";
 const WALK_2: &str = "cache/videos/walk_00005-005_0048x0032_wan.safetensors";
 
 #[test]
+fn decoding_several_files_at_a_time_changes_nothing() {
+    let one = Kitchen::new();
+    let alone = one.cook().ok();
+    let several = Kitchen { decoders: 3, ..Kitchen::new() };
+    let together = several.cook().ok();
+    let without_paths = |table: String, root: &std::path::Path| table.replace(&root.display().to_string(), "");
+    assert_eq!(without_paths(together.table(), &several.root), without_paths(alone.table(), &one.root));
+    let latents = |kitchen: &Kitchen| {
+        let files = kitchen.cache_files().into_keys().filter(|name| !name.ends_with("_te.safetensors"));
+        let dirs = ["cache/pictures", "cache/videos"].map(|d| kitchen.path(d));
+        let read = |name: String| {
+            let path = dirs.iter().map(|d| d.join(&name)).find(|p| p.exists()).unwrap();
+            (name, wan_train::cache::index::load_latents(&path).unwrap())
+        };
+        files.map(read).collect::<Vec<_>>()
+    };
+    let (alone, together) = (latents(&one), latents(&several));
+    assert_eq!(alone.len(), 4);
+    for ((name, a), (other, b)) in alone.iter().zip(&together) {
+        let bits = |t: &candle_core::Tensor| {
+            t.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!((name, bits(&a.latents)), (other, bits(&b.latents)));
+    }
+}
+
+#[test]
 fn a_first_run_makes_everything_and_a_second_nothing() {
     let kitchen = Kitchen::new();
     let mut first = kitchen.cook().ok();

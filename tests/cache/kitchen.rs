@@ -33,6 +33,8 @@ pub struct Kitchen {
     pub models: bool,
     /// Whether CLIP weights are at hand.
     pub with_clip: bool,
+    /// Files decoded at a time.
+    pub decoders: usize,
     pub vae_loads: Cell<usize>,
     pub encoded_captions: Cell<usize>,
 }
@@ -144,6 +146,7 @@ impl Kitchen {
             stop: AtomicBool::new(false),
             weights: random_vae(&tiny_arch(), 5).unwrap(),
             models: true,
+            decoders: 1,
             with_clip: false,
             vae_loads: Cell::new(0),
             encoded_captions: Cell::new(0),
@@ -188,7 +191,9 @@ impl Kitchen {
         };
         LatentModels {
             vae: Lazy { fingerprint, load: Box::new(|| self.load_vae()) },
+            wide_vae: None,
             clip: self.with_clip.then_some(clip),
+            decoders: self.decoders,
         }
     }
 

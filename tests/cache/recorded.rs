@@ -88,7 +88,8 @@ fn latent_files_are_those_of_the_old_trainer() {
         let data = DataOptions::default();
         let config = DatasetConfig::load(&root.join("dataset.toml"), &data).unwrap();
         let mut survey = Survey::take(&config, &scan(&config, &data).unwrap().items, &options).unwrap();
-        let models = LatentModels { vae: Lazy { fingerprint: vae_name.into(), load: Box::new(load) }, clip: None };
+        let vae = Lazy { fingerprint: vae_name.into(), load: Box::new(load) };
+        let models = LatentModels { vae, wide_vae: None, clip: None, decoders: 1 };
         cache_latents(&mut survey, models, &Exec::cpu(), &Silent, &AtomicBool::new(false)).unwrap();
 
         let path = root.join("cache").join(format!("clip_00000-{frames:03}_{w:04}x{h:04}_wan.safetensors"));
