@@ -236,6 +236,7 @@ impl Blas {
             dtypes: [DType::U8, p.result],
             bias: scaled && p.bias.is_some(),
             add: false,
+            batch: [0; 7],
             alignment: 1 << all.trailing_zeros().min(4),
             eight: Some(scaled),
         };

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use wan_kernels::Exec;
-use wan_models::umt5::{relative_bucket, Umt5, Umt5Config, Umt5Options};
+use wan_models::umt5::{relative_bucket, Residence, Storage, Umt5, Umt5Config, Umt5Options};
 
 use super::json::{flag, integer, number};
 use super::line::relative;
@@ -45,16 +45,23 @@ pub fn run(case: &Case<'_>) -> Result<()> {
     case.check("output", Tolerance::Abs(1e-4), |line| line.tensor("output", &output, &io.f32("output", device)?));
     if device.is_cuda() {
         // As a card makes caches; it may be twice as far off as bf16 throughout.
-        let run = |exec: Exec| -> Result<Tensor> {
-            let options = Umt5Options { exec: exec.with_compute(DType::BF16), ..Umt5Options::default() };
+        let run = |exec: Exec, storage, residence| -> Result<Tensor> {
+            let options = Umt5Options { exec: exec.with_compute(DType::BF16), storage, residence };
             let encoder = Umt5::with_config(config.clone(), Box::new(all.clone()), options)?;
             Ok(encoder.encode(&ids.to_device(exec.device())?, &mask.to_device(exec.device())?)?.to_dtype(DType::F32)?)
         };
         let want = io.f32("output", &Device::Cpu)?;
-        let allowed = 2.0 * relative(&run(Exec::cpu())?, &want)?;
-        case.check("output in BF16", Tolerance::L2(allowed), |line| {
-            line.tensor("output", &run(case.exec.clone())?, &want)
-        });
+        for storage in [Storage::AsStored, Storage::Fp8] {
+            let allowed = 2.0 * relative(&run(Exec::cpu(), storage, Residence::Resident)?, &want)?;
+            let resident = run(case.exec.clone(), storage, Residence::Resident)?;
+            case.check(&format!("output in BF16, weights {storage:?}"), Tolerance::L2(allowed), |line| {
+                line.tensor("output", &resident, &want)
+            });
+            case.check(&format!("weights {storage:?} from elsewhere"), Tolerance::Exact, |line| {
+                line.tensor("from host memory", &run(case.exec.clone(), storage, Residence::Host)?, &resident)?;
+                line.tensor("from the source", &run(case.exec.clone(), storage, Residence::Source)?, &resident)
+            });
+        }
     }
     let prefix = "trace_row0.";
     if io.keys(prefix).next().is_some() {

@@ -67,6 +67,7 @@ impl Blas {
             dtypes: [p.operands, p.result],
             bias: false,
             add: false,
+            eight: None,
             batch: [p.count, b.row, b.batch, a.row, a.batch, d.row, d.batch],
             alignment: 1 << all.trailing_zeros().min(4),
         };
