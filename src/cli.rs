@@ -75,6 +75,8 @@ pub struct BenchOptions {
     pub case: String,
     pub steps: u64,
     pub json: bool,
+    /// Predict for a card of this name instead of measuring.
+    pub project: Option<String>,
     /// `start` only: the checkpoint; made when it is missing.
     pub file: Option<PathBuf>,
     /// `ops` only: hold every kernel against its definition instead of timing it.
@@ -143,6 +145,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 json: m.get_flag("json"),
                 check: m.get_flag("check"),
                 file: m.get_one::<PathBuf>("file").cloned(),
+                project: m.get_one::<String>("project").cloned(),
                 portable: m.get_flag("portable"),
             };
             Invocation::Bench { typed, options }
@@ -235,6 +238,12 @@ pub fn command() -> Command {
                         .help("Rank and alpha of the LoRA [42]"),
                 )
                 .arg(flag("json", "One JSON object a line"))
+                .arg(
+                    Arg::new("project")
+                        .long("project")
+                        .value_name("CARD")
+                        .help("Predict s/step on a card by its data sheet: rtx3090, a6000, rtx4090, a100, h100, h200, all"),
+                )
                 .arg(
                     Arg::new("file")
                         .long("file")

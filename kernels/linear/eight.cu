@@ -22,7 +22,17 @@ __device__ __forceinline__ float block_max_256(float top, float *shared) {
   return top;
 }
 
-__device__ __forceinline__ uint32_t clamped(float v) { return encode(fminf(fmaxf(v, -448.f), 448.f)); }
+// Codes of two values, the first in the low byte; beyond 448 the largest code. Cards without fp8 never multiply with
+// these, but the kernels are compiled for them too.
+__device__ __forceinline__ uint32_t coded2(float a, float b) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+  return codes;
+#else
+  return encode(fminf(fmaxf(a, -448.f), 448.f)) | encode(fminf(fmaxf(b, -448.f), 448.f)) << 8;
+#endif
+}
 
 // A row of zeros keeps a scale that can be divided by.
 __device__ __forceinline__ float scale_of(float top) { return fmaxf(__fdiv_rn(top, 448.f), 1e-30f); }
@@ -52,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   bad = __syncthreads_or(bad);
   const float s = wan::scale_of(wan::block_max_256(top, shared));
+  const float inverse = __frcp_rn(s);
   if (threadIdx.x == 0) scale[blockIdx.x] = bad ? __uint_as_float(0x7fc00000u) : s;
   for (int at = threadIdx.x * 16; at < width; at += 256 * 16) {
     uint32_t packed[4] = {0, 0, 0, 0};
@@ -60,10 +71,9 @@ extern "C" __global__ void __launch_bounds__(256)
       float v[8];
       wan::load8(x, first + at + half * 8, v);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float w = columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i];
-        packed[half * 2 + i / 4] |= wan::clamped(__fdiv_rn(w, s)) << (i % 4 * 8);
-      }
+      for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i], inverse);
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) packed[half * 2 + i / 4] |= wan::coded2(v[i], v[i + 1]) << (i % 4 * 8);
     }
     *reinterpret_cast<uint4 *>(codes + first + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
   }
@@ -87,12 +97,13 @@ extern "C" __global__ void __launch_bounds__(256)
   if (at >= n) return;
   const uint4 raw = *reinterpret_cast<const uint4 *>(codes + at);
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  const float s = wan::load1(scale, at / group), row = rows[at / width];
+  const float factor = __fdiv_rn(wan::load1(scale, at / group), rows[at / width]);
   uint32_t packed[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float w = __fmul_rn(wan::decode(words[i / 4] >> (i % 4 * 8) & 0xffu), s);
-    packed[i / 4] |= wan::clamped(__fdiv_rn(w, row)) << (i % 4 * 8);
+  for (int i = 0; i < 16; i += 2) {
+    const uint32_t two = words[i / 4] >> (i % 4 * 8);
+    const float a = __fmul_rn(wan::decode(two & 0xffu), factor), b = __fmul_rn(wan::decode(two >> 8 & 0xffu), factor);
+    packed[i / 4] |= wan::coded2(a, b) << (i % 4 * 8);
   }
   *reinterpret_cast<uint4 *>(out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
@@ -108,11 +119,17 @@ extern "C" __global__ void __launch_bounds__(256)
     const long at = static_cast<long>(o0 + r) * width + i0 + c;
     const uint4 raw = *reinterpret_cast<const uint4 *>(codes + at);
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-    const float s = wan::load1(scale, at / group), row = rows[o0 + r];
+    const float factor = __fdiv_rn(wan::load1(scale, at / group), rows[o0 + r]);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float w = __fmul_rn(wan::decode(words[i / 4] >> (i % 4 * 8) & 0xffu), s);
-      tile[r][c + i] = static_cast<uint8_t>(wan::clamped(__fdiv_rn(w, row)));
+    for (int word = 0; word < 4; ++word) {
+      uint32_t packed = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t two = words[word] >> (i * 8);
+        const float a = __fmul_rn(wan::decode(two & 0xffu), factor), b = __fmul_rn(wan::decode(two >> 8 & 0xffu), factor);
+        packed |= wan::coded2(a, b) << (i * 8);
+      }
+      *reinterpret_cast<uint32_t *>(&tile[r][c + word * 4]) = packed;
     }
   }
   __syncthreads();

@@ -129,7 +129,8 @@ fn rounded_rows(t: &Tensor, columns: Option<&Tensor>) -> Result<(Tensor, Tensor)
     for row in values.chunks_mut(width) {
         let top = row.iter().fold(0f32, |top, v| top.max(v.abs()));
         let scale = if row.iter().any(|v| v.is_nan()) { f32::NAN } else { scale_of(top) };
-        row.iter_mut().for_each(|v| *v = coded(*v / scale_of(top)));
+        let inverse = 1.0 / scale_of(top);
+        row.iter_mut().for_each(|v| *v = coded(*v * inverse));
         scales.push(scale);
     }
     let device = t.device();
@@ -147,7 +148,7 @@ fn rounded_weight(weight: &fp8::Weight) -> Result<(Tensor, Tensor)> {
         let of = |column: usize| scales[(row * i + column) / group];
         let top = (0..i).step_by(group.min(i)).map(of).fold(1e-30f32, f32::max);
         for (column, value) in values.iter_mut().enumerate() {
-            *value = coded(codec::decode(codes[row * i + column]) * of(column) / top);
+            *value = coded(codec::decode(codes[row * i + column]) * (of(column) / top));
         }
         rows.push(top);
     }

@@ -3,13 +3,13 @@
 
 use std::process::ExitCode;
 
+use super::project;
 use crate::cli::BenchOptions;
 use crate::config::Typed;
 use crate::error::UserError;
 
 /// A latent video by name: what the case names of reports mean.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(super) fn pixels(case: &str) -> Result<[usize; 3], UserError> {
+pub fn pixels(case: &str) -> Result<[usize; 3], UserError> {
     match case {
         "img720" => return Ok([1280, 720, 1]),
         "v21" => return Ok([1280, 720, 21]),
@@ -24,13 +24,41 @@ pub(super) fn pixels(case: &str) -> Result<[usize; 3], UserError> {
     }
 }
 
+/// Channels, frames, rows, columns of the Wan 2.1 latent of a video.
+pub fn latent([w, h, f]: [usize; 3]) -> [usize; 4] {
+    [16, (f - 1) / 4 + 1, h / 8, w / 8]
+}
+
+/// What every bench takes where nothing else is typed: the usual way to train a 14B model.
+fn defaults(typed: &mut Typed) {
+    let mut default = |name: &'static str, words: &[&str]| {
+        typed.flags.entry(name).or_insert_with(|| words.iter().map(|w| w.to_string()).collect());
+    };
+    default("task", &["t2v-14B"]);
+    default("mixed_precision", &["bf16"]);
+    default("fp8_base", &[]);
+    default("fp8_scaled", &[]);
+    default("network_dim", &["42"]);
+    default("network_alpha", &["42"]);
+    default("optimizer_type", &["adamw"]);
+    default("seed", &["1"]);
+}
+
+pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+    defaults(&mut typed);
+    match &options.project {
+        Some(card) => project::run(&typed, card, options.json),
+        None => measure(typed, options),
+    }
+}
+
 #[cfg(not(feature = "cuda"))]
-pub fn run(_typed: Typed, _options: &BenchOptions) -> anyhow::Result<ExitCode> {
+fn measure(_typed: Typed, _options: &BenchOptions) -> anyhow::Result<ExitCode> {
     Err(UserError::new("this build computes on the CPU only").hint("build with `make cuda`").into())
 }
 
 #[cfg(feature = "cuda")]
-pub fn run(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
+fn measure(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
     on_card::run(typed, options)
 }
 
@@ -70,18 +98,7 @@ mod on_card {
     const TEXT_ROWS: usize = 120;
 
     pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
-        let mut default = |name: &'static str, words: &[&str]| {
-            typed.flags.entry(name).or_insert_with(|| words.iter().map(|w| w.to_string()).collect());
-        };
-        default("task", &["t2v-14B"]);
-        default("mixed_precision", &["bf16"]);
-        default("fp8_base", &[]);
-        default("fp8_scaled", &[]);
-        default("network_dim", &["42"]);
-        default("network_alpha", &["42"]);
-        default("optimizer_type", &["adamw"]);
-        default("device", &["cuda"]);
-        default("seed", &["1"]);
+        typed.flags.entry("device").or_insert_with(|| vec!["cuda".into()]);
         let steps = if options.what == BenchWhat::Start { 2 } else { options.steps + 2 };
         let steps = steps.to_string();
         typed.flags.insert("max_train_steps", vec![steps]);
@@ -124,7 +141,7 @@ mod on_card {
     }
 
     fn ops(gpu: &Gpu, job: &Job, compute: DType, options: &BenchOptions) -> anyhow::Result<ExitCode> {
-        let [_, f, h, w] = latent(super::pixels(&options.case)?);
+        let [_, f, h, w] = super::latent(super::pixels(&options.case)?);
         let tokens = f * (h / 2) * (w / 2);
         for row in bench::ops(gpu, compute, tokens, job.config.network_dim as usize)? {
             let (tflops, gbytes) = (row.tflops(), row.gbytes());
@@ -141,11 +158,6 @@ mod on_card {
             }
         }
         Ok(ExitCode::SUCCESS)
-    }
-
-    /// Channels, frames, rows, columns of the Wan 2.1 latent of a video.
-    fn latent([w, h, f]: [usize; 3]) -> [usize; 4] {
-        [16, (f - 1) / 4 + 1, h / 8, w / 8]
     }
 
     /// Random items, the same in every run: losses of runs that differ in policies only are then the same, bit for bit.
@@ -261,7 +273,7 @@ mod on_card {
         let (planned, _, settings) = plan_for(job, exec, options)?;
         let device = exec.device();
         let normal = |stream, shape: &[usize]| Philox::new(3, stream, 0, 0).normal(shape, device);
-        let [c, f, h, w] = latent(super::pixels(&options.case)?);
+        let [c, f, h, w] = super::latent(super::pixels(&options.case)?);
         let target = normal(1, &[1, c, f, h, w])?;
         let inputs = WanInputs {
             x: normal(0, &[1, c, f, h, w])?,
@@ -332,7 +344,7 @@ mod on_card {
     /// The plan for a case, its tokens, and what the configuration says about training.
     fn plan_for(job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<(plan::Plan, u64, TrainSettings)> {
         let arch = &job.model.arch;
-        let shape = latent(super::pixels(&options.case)?);
+        let shape = super::latent(super::pixels(&options.case)?);
         let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
         let work = plan::Job::from_config(
             &job.config,
@@ -376,7 +388,7 @@ mod on_card {
                 batch_size: 1,
                 entries: (0..steps as usize).collect(),
             }],
-            shape: latent([w, h, f]),
+            shape: super::latent([w, h, f]),
             text: arch.text_dim,
         };
         let parts = Parts { exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &items };
@@ -415,6 +427,7 @@ mod on_card {
         let (least, median, most) = (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
         let tflop = useful_tflop(&job.model.arch, tokens as f64);
         let peak = watch.peak as f64 / GIB;
+        let reserved = gpu.memory()?.reserved_peak as f64 / GIB;
         let plan_gib = planned.memory.device() as f64 / GIB;
         let saving = |policy: wan_models::wan::SavePolicy| {
             planned.arrangement.saving.iter().filter(|b| b.keep == policy).count()
@@ -428,7 +441,7 @@ mod on_card {
             "host_saved": planned.arrangement.saving.iter().filter(|b| b.home == wan_models::wan::Home::Host).count(),
             "steps": sorted.len(), "s_per_step": median, "s_min": least, "s_max": most, "first_step_s": watch.seconds[0],
             "tokens": tokens, "tokens_per_s": tokens as f64 / median, "tflops": tflop / median,
-            "peak_gib": peak, "planned_gib": plan_gib, "planned_s": planned.step_seconds, "prepare_s": prepared,
+            "peak_gib": peak, "reserved_gib": reserved, "planned_gib": plan_gib, "planned_s": planned.step_seconds, "prepare_s": prepared,
             "pinned_gib": gpu.stash_bytes() as f64 / GIB, "commit": env!("WAN_COMMIT"),
             "losses": watch.losses, "skipped": watch.skipped,
             "ms_by_op": classes.iter().map(|(op, calls, ms)| json!([op, calls, ms])).collect::<Vec<_>>(),

@@ -29,7 +29,6 @@ pub struct Job {
 
 impl Job {
     /// Resolves what was typed.
-    #[cfg(feature = "cuda")]
     pub fn new(typed: &crate::config::Typed) -> anyhow::Result<Self> {
         Self::of(super::resolve(typed)?, report::for_stderr(), Arc::default(), false)
     }

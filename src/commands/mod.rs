@@ -13,6 +13,7 @@ mod machine;
 mod musubi;
 mod pair;
 mod plan;
+mod project;
 mod run;
 mod save;
 mod setup;
