@@ -97,6 +97,8 @@ fn table<'a, const N: usize>(page: &mut String, rows: impl Iterator<Item = [&'a 
 const WIDTH: f64 = 900.0;
 const HEIGHT: f64 = 260.0;
 const LEFT: f64 = 70.0;
+/// Room for half of the last label.
+const RIGHT: f64 = WIDTH - 24.0;
 const BOTTOM: f64 = HEIGHT - 34.0;
 const TOP: f64 = 12.0;
 /// Points a line is drawn with at most: what is left out would lie within one dot.
@@ -117,14 +119,14 @@ fn chart(points: &[(u64, f64)], noisy: bool) -> String {
         if high > sorted[0] { (sorted[0], high) } else { (sorted[0] - 1e-12, high + high.abs().max(1e-9)) };
     let low = if low >= 0.0 && low < 0.5 * high { 0.0 } else { low };
     let (first, last) = (points[0].0 as f64, (points[points.len() - 1].0 as f64).max(points[0].0 as f64 + 1.0));
-    let x = |step: u64| LEFT + (WIDTH - LEFT - 10.0) * (step as f64 - first) / (last - first);
+    let x = |step: u64| LEFT + (RIGHT - LEFT) * (step as f64 - first) / (last - first);
     let y = |v: f64| BOTTOM - (BOTTOM - TOP) * ((v - low) / (high - low)).clamp(0.0, 1.0);
     let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">\n");
     for value in ticks((low, high), 5.0, f64::MIN_POSITIVE).0 {
         let (at, label) = (y(value), short(value));
         let _ = writeln!(
             svg,
-            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{WIDTH}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
+            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{RIGHT}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
             LEFT - 8.0,
             at + 4.0
@@ -205,7 +207,7 @@ fn histogram(points: &[Point]) -> String {
         return "<p class=\"soft\">nothing was logged</p>\n".into();
     }
     let total: u64 = bins.iter().map(|b| b.0).sum();
-    let wide = (WIDTH - LEFT - 10.0) / BINS as f64;
+    let wide = (RIGHT - LEFT) / BINS as f64;
     let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">\n");
     for (i, (count, loss, losses)) in bins.iter().enumerate() {
         let high = (BOTTOM - TOP - 16.0) * *count as f64 / most as f64;
@@ -229,12 +231,13 @@ fn histogram(points: &[Point]) -> String {
             );
         }
         svg.push_str("</g>\n");
-        if i % 2 == 0 {
-            let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{from}</text>", HEIGHT - 12.0);
-        }
+    }
+    for mark in (0..=1000).step_by(100) {
+        let x = LEFT + (RIGHT - LEFT) * f64::from(mark) / 1000.0;
+        let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{mark}</text>", HEIGHT - 12.0);
     }
     let _ =
-        writeln!(svg, "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{WIDTH}\" y1=\"{BOTTOM}\" y2=\"{BOTTOM}\"/>\n</svg>");
+        writeln!(svg, "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{RIGHT}\" y1=\"{BOTTOM}\" y2=\"{BOTTOM}\"/>\n</svg>");
     svg.push_str("<p class=\"soft\">Numbers over the bars: mean loss of these samples.</p>\n");
     svg
 }
