@@ -74,6 +74,20 @@ fn the_demo_trains_and_leaves_what_it_says() {
 }
 
 #[test]
+fn reports_go_with_their_checkpoints() {
+    let bench = Bench::new();
+    let out = bench.run("", &["--epochs", "4", "--save_every", "1", "--save_last_n_epochs", "1"]);
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).contains("removed "), "{}", text(&out));
+    let stems = |suffix: &str| -> Vec<String> {
+        let names = bench.outputs(suffix).into_iter().map(|p| p.to_string_lossy().into_owned());
+        names.map(|n| n.trim_end_matches(suffix).to_owned()).collect()
+    };
+    assert_eq!(stems(".html"), stems(".safetensors"));
+    assert_eq!(stems(".html").len(), 2, "the last epoch's and the final one");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_bytes() {
     let run = || {
         let bench = Bench::new();

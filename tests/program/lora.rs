@@ -368,6 +368,19 @@ fn mistakes_are_named() {
         TensorOut { name: "diffusion_model.blocks.9.ffn.0.lora_B.weight".into(), shape: vec![4, 2], ..foreign.clone() };
     write_safetensors(&desk.at("far.safetensors"), vec![foreign, up], &BTreeMap::new()).unwrap();
     refused(&with(&["merge", "@far.safetensors", "--dit", "dit.safetensors"]), 1, &["blocks.9.ffn.0", "hint:"]);
+    // An fp8 model would lose what is added.
+    let coarse = |key: &str, t: &Tensor| {
+        let mut out = TensorOut::of(key, t).unwrap();
+        if key == "blocks.1.ffn.0.weight" {
+            out.data = vec![0x38u8; t.elem_count()].into();
+            out.dtype = safetensors::Dtype::F8_E4M3;
+        }
+        out
+    };
+    let dit = tensors(&Trained::get().path("dit.safetensors")).iter().map(|(k, t)| coarse(k, t)).collect();
+    write_safetensors(&desk.at("fp8.safetensors"), dit, &BTreeMap::new()).unwrap();
+    let fp8 = with(&["merge", "one.safetensors", "--dit", "@fp8.safetensors"]);
+    refused(&fp8, 1, &["blocks.1.ffn.0.weight", "F8_E4M3", "fp16 or bf16"]);
     refused(&with(&["ema", "one.safetensors", "@far.safetensors"]), 1, &["far.safetensors", "averaged"]);
     refused(&with(&["ema", "one.safetensors", "two.safetensors", "--sigma_rel", "3"]), 2, &["sigma_rel"]);
     refused(&with(&["ema", "one.safetensors", "two.safetensors", "--beta", "1.5"]), 2, &["beta"]);
