@@ -61,6 +61,8 @@ impl Runs {
     /// Finds wrong what can be found before the first hour is spent, and gets what is missing and can be had, for every
     /// run that is still to be done.
     pub fn get_ready(&self) -> anyhow::Result<()> {
+        // Cheap things first: nothing is downloaded for a job whose dataset is misspelled.
+        self.first().dataset_path()?;
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
             weights::check_save_merged(&job.config)?;
             let seed = job.config.seed.unwrap_or_default();
@@ -68,7 +70,6 @@ impl Runs {
             weights::open_dit(job)?;
             weights::fetch_lightning(job)?;
             weights::check_merges(job, &job.config)?;
-            weights::save_merged(job)?;
         }
         Ok(())
     }
@@ -81,6 +82,7 @@ impl Runs {
     pub fn train(&self, prepared: &mut Prepared) -> anyhow::Result<ExitCode> {
         let Some(pair) = &self.pair else {
             // A pair without a place to save ends here too, where the trainer says so.
+            weights::save_merged(self.first())?;
             return Ok(train::train(self.first(), prepared, None)?.code());
         };
         let say = |line: String| self.first().progress.say(&line);
@@ -91,6 +93,7 @@ impl Runs {
             let level = job.config.noise_level.clone().unwrap_or_default();
             let head = format!("expert {} of 2, {level} noise: ", number + 1);
             let names = names(job)?;
+            weights::save_merged(job)?;
             let ended = match pair.standing(&level, &names) {
                 Standing::Finished => {
                     say(format!("{head}finished before, not trained again"));

@@ -17,7 +17,7 @@ use crate::fsio;
 use crate::hub::reuse::{self, Lent, Placed};
 use crate::hub::{self, fetch, Hub, Remote, Transfer};
 use crate::loader::Source;
-use crate::report::{self, Progress, Table, Work};
+use crate::report::{self, progress as pace, Progress, Table, Work};
 
 const DIRECTORIES: &[&str] = &[
     "models",
@@ -71,7 +71,8 @@ pub fn run(options: &SetupOptions) -> anyhow::Result<ExitCode> {
     }
     println!("{}", plan(&wants).render());
     let missing: u64 = wants.iter().map(Want::missing).sum();
-    let free = fsio::free_space(&options.base_dir)?;
+    let models = options.base_dir.join(hub::folder(Role::Dit));
+    let free = fsio::free_space(&models)?;
     if missing > 0 {
         println!("to download: {} ({} free on the disk)", fsio::human(missing), fsio::human(free));
     }
@@ -80,7 +81,7 @@ pub fn run(options: &SetupOptions) -> anyhow::Result<ExitCode> {
             "the downloads need {}, but only {} are free on the disk of {}",
             fsio::human(missing),
             fsio::human(free),
-            options.base_dir.display()
+            models.display()
         ))
         .hint("free some space, give another --base_dir, or lend what ComfyUI has with --comfyui_dir")
         .into());
@@ -295,7 +296,7 @@ fn one(
     progress: &dyn Progress,
     stop: &AtomicBool,
 ) -> anyhow::Result<PathBuf> {
-    let work = Work { what: &file.name, unit: "MiB", start: there / MIB, total: remote.size.div_ceil(MIB) };
+    let work = Work { what: &file.name, unit: pace::MIB, start: there / MIB, total: remote.size.div_ceil(MIB) };
     let mut task = progress.begin(work);
     let mut shown = there / MIB;
     let mut watch = |have: u64, size: u64| {

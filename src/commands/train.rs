@@ -53,7 +53,7 @@ impl Ended {
 pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyhow::Result<Ended> {
     let say = |line: &str| job.progress.say(line);
     let (mut config, resumed) = continued(job, state)?;
-    if job.of_pair {
+    if job.of_pair && !config.save_state {
         // What a kill costs is bounded by a state at every checkpoint, of which the last one is kept.
         config.save_last_n_epochs_state.get_or_insert(1);
         config.save_last_n_steps_state.get_or_insert(0);

@@ -22,6 +22,16 @@ pub struct Work<'a> {
     pub total: u64,
 }
 
+/// The unit of downloads: its pace is a rate, and it has no plural.
+pub const MIB: &str = "MiB";
+
+fn plural(unit: &str) -> String {
+    match unit {
+        MIB => unit.into(),
+        _ => format!("{unit}s"),
+    }
+}
+
 /// Where progress is shown. Handed to everything that takes long; nothing else prints while it works.
 pub trait Progress: Send + Sync {
     fn begin(&self, work: Work<'_>) -> Box<dyn Task>;
@@ -80,12 +90,16 @@ impl Pace {
 
     /// "1.32 s/step, ETA 3m 07s"; empty while nothing is known.
     fn describe(&self, unit: &str) -> String {
+        let seconds = |pace: f64| match unit {
+            MIB => format!("{:.1} {MIB}/s", 1.0 / pace.max(1e-9)),
+            _ => format!("{}/{unit}", seconds(pace)),
+        };
         match self.seconds_per_unit() {
             None => String::new(),
-            Some(pace) if self.done >= self.total => format!("{}/{unit}", seconds(pace)),
+            Some(pace) if self.done >= self.total => seconds(pace),
             Some(pace) => {
                 let rest = Duration::from_secs_f64((pace * (self.total - self.done) as f64).min(1e9));
-                format!("{}/{unit}, ETA {}", seconds(pace), clock(rest))
+                format!("{}, ETA {}", seconds(pace), clock(rest))
             }
         }
     }
@@ -215,7 +229,7 @@ impl Progress for Lines {
 
 impl LineTask {
     fn print(&mut self, now: Instant) {
-        let mut line = format!("{} {}/{} {}s", self.what, self.pace.done, self.pace.total, self.unit);
+        let mut line = format!("{} {}/{} {}", self.what, self.pace.done, self.pace.total, plural(&self.unit));
         for part in [self.pace.describe(&self.unit), self.last_detail.clone()] {
             if !part.is_empty() {
                 line.push_str(", ");
@@ -248,7 +262,7 @@ impl Drop for LineTask {
         }
         if self.printed.is_some() {
             let took = clock(self.pace.began.elapsed());
-            print(&self.out, &format!("{}: {} {}s in {took}", self.what, self.pace.done, self.unit));
+            print(&self.out, &format!("{}: {} {} in {took}", self.what, self.pace.done, plural(&self.unit)));
         }
     }
 }

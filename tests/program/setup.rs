@@ -278,9 +278,17 @@ fn a_lightning_run_gets_the_right_lora_for_model_and_expert() {
             .output()
             .unwrap()
     };
-    // The dataset is missing: that is found only after the LoRA is there.
-    refused(&run(&["--noise_level", "both"]), 1, &["dataset"]);
+    // A job whose dataset is missing downloads nothing.
     let loras = place.path("base/lightning_loras");
+    refused(&run(&["--noise_level", "both"]), 1, &["dataset", "does not exist"]);
+    assert!(!loras.exists());
+    // With one that is empty it ends only after the LoRAs are there.
+    std::fs::create_dir(place.path("void")).unwrap();
+    place.put(
+        "base/wan22-dataset-config-local.toml",
+        b"[[datasets]]\nresolution = [64, 64]\nimage_directory = \"void\"\n",
+    );
+    refused(&run(&["--noise_level", "both"]), 1, &["dataset 1 is empty"]);
     assert_eq!(names(&loras), ["t2v_high_noise_model.safetensors", "t2v_low_noise_model.safetensors"]);
     assert_eq!(std::fs::read(loras.join("t2v_high_noise_model.safetensors")).unwrap(), weights(30, 100));
     assert_eq!(std::fs::read(loras.join("t2v_low_noise_model.safetensors")).unwrap(), weights(31, 100));
@@ -289,6 +297,6 @@ fn a_lightning_run_gets_the_right_lora_for_model_and_expert() {
     std::fs::remove_dir_all(&loras).unwrap();
     place.server.gate(LIGHTNING, "secret");
     refused(&run(&["--noise_level", "low"]), 1, &["low_noise_model", "accept the terms", "--skip_lightning"]);
-    refused(&run(&["--noise_level", "low", "--skip_lightning"]), 1, &["dataset"]);
+    refused(&run(&["--noise_level", "low", "--skip_lightning"]), 1, &["dataset 1 is empty"]);
     assert!(find(&loras, ".safetensors").is_empty());
 }
