@@ -15,6 +15,26 @@ const WALK: &str = "cache/videos/walk_00000-005_0048x0032_wan.safetensors";
 const WALK_2: &str = "cache/videos/walk_00005-005_0048x0032_wan.safetensors";
 
 #[test]
+fn what_overflows_is_encoded_in_a_wider_dtype() {
+    let good = Kitchen::new();
+    good.cook().ok();
+    let mut spoilt = Kitchen::new();
+    // As an overflow shows: numbers that are none.
+    for weight in spoilt.weights.values_mut() {
+        *weight = (&*weight * f64::NAN).unwrap();
+    }
+    let refused = Kitchen { weights: spoilt.weights.clone(), ..Kitchen::new() };
+    assert!(refused.cook().table().contains("no proper numbers"));
+    let rescued = Kitchen { wide_weights: Some(good.weights.clone()), ..spoilt };
+    rescued.cook().ok();
+    let latents = |kitchen: &Kitchen| {
+        let cat = wan_train::cache::index::load_latents(&kitchen.path(CAT)).unwrap().latents;
+        cat.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(latents(&rescued), latents(&good));
+}
+
+#[test]
 fn decoding_several_files_at_a_time_changes_nothing() {
     let one = Kitchen::new();
     let alone = one.cook().ok();

@@ -33,6 +33,8 @@ pub struct Kitchen {
     pub models: bool,
     /// Whether CLIP weights are at hand.
     pub with_clip: bool,
+    /// Weights of a VAE of wider range, if there is one.
+    pub wide_weights: Option<BTreeMap<String, Tensor>>,
     /// Files decoded at a time.
     pub decoders: usize,
     pub vae_loads: Cell<usize>,
@@ -146,6 +148,7 @@ impl Kitchen {
             stop: AtomicBool::new(false),
             weights: random_vae(&tiny_arch(), 5).unwrap(),
             models: true,
+            wide_weights: None,
             decoders: 1,
             with_clip: false,
             vae_loads: Cell::new(0),
@@ -179,8 +182,12 @@ impl Kitchen {
             bail!("no model should be needed");
         }
         self.vae_loads.set(self.vae_loads.get() + 1);
+        Self::vae_of(&self.weights)
+    }
+
+    fn vae_of(weights: &BTreeMap<String, Tensor>) -> Result<Vae> {
         let options = VaeOptions::default().encoder_only();
-        Ok(Vae::load(tiny_arch(), &Exec::cpu(), options, &mut |k| Ok(self.weights[k].clone()))?)
+        Ok(Vae::load(tiny_arch(), &Exec::cpu(), options, &mut |k| Ok(weights[k].clone()))?)
     }
 
     pub fn latent_models(&self) -> LatentModels<'_> {
@@ -191,7 +198,10 @@ impl Kitchen {
         };
         LatentModels {
             vae: Lazy { fingerprint, load: Box::new(|| self.load_vae()) },
-            wide_vae: None,
+            wide_vae: self
+                .wide_weights
+                .as_ref()
+                .map(|weights| -> Box<dyn FnOnce() -> Result<Vae> + '_> { Box::new(|| Self::vae_of(weights)) }),
             clip: self.with_clip.then_some(clip),
             decoders: self.decoders,
         }
