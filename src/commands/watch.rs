@@ -158,7 +158,7 @@ impl<'a> Watch<'a> {
         let live = [
             format!("{done} of {}", self.facts.total_steps),
             format!(
-                "{} of {} batches, {} samples each",
+                "{}, each of {} batches and {} samples",
                 self.facts.total_epochs, self.facts.batches_per_epoch, self.facts.samples_per_epoch
             ),
             format!("{} numbers in {} adapters", self.facts.trainable, self.facts.sites),
