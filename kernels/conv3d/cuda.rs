@@ -171,7 +171,13 @@ pub(super) fn takes(a: &CausalConv3dArgs<'_>, s: Sizes, compute: DType) -> bool 
 
 pub(super) fn forward(a: &CausalConv3dArgs<'_>, s: Sizes, gpu: &Gpu, compute: DType) -> Result<Tensor> {
     let one = [s.kt, s.ky, s.kx] == [1; 3] && a.stride == [1; 3] && !a.up;
-    if one && a.pad_y == (0, 0) && a.pad_x == (0, 0) && a.pad_front == 0 && s.c % CHANNELS == 0 && s.o % CHANNELS == 0 {
+    if one
+        && a.pad_y == (0, 0)
+        && a.pad_x == (0, 0)
+        && a.pad_front == 0
+        && s.c.is_multiple_of(CHANNELS)
+        && s.o.is_multiple_of(CHANNELS)
+    {
         return pointwise(a, s, gpu, compute);
     }
     let window = s.c * s.ky * s.kx;

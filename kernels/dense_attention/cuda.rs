@@ -25,7 +25,10 @@ struct Rows {
 impl Rows {
     /// `t` itself in `dtype`, or a copy of it where its rows do not suit.
     fn new(gpu: &Gpu, t: &Tensor, dtype: DType) -> Result<Self> {
-        let fits = t.dtype() == dtype && t.stride()[2] == 1 && t.stride()[1] % 8 == 0 && t.stride()[0] % 8 == 0;
+        let fits = t.dtype() == dtype
+            && t.stride()[2] == 1
+            && t.stride()[1].is_multiple_of(8)
+            && t.stride()[0].is_multiple_of(8);
         let tensor = if fits { t.clone() } else { cast(gpu, OP, &t.contiguous()?, dtype)? };
         let first_row = tensor.narrow(0, 0, 1)?.narrow(1, 0, 1)?;
         Ok(Rows {

@@ -58,8 +58,8 @@ impl Blas {
         let d_layout = Layout::batched(types.1, (m, n), d, p.count)?;
         // What every matrix' and every row's beginning is a multiple of, in bytes.
         let size = p.operands.size_in_bytes();
-        let distances = [a, b].iter().fold(0, |all, s| all | s.row * size | s.batch * size);
-        let distances = distances | (d.row | d.batch) * p.result.size_in_bytes();
+        let distances = [a, b].iter().fold(0, |all, s| all | (s.row * size) | (s.batch * size));
+        let distances = distances | ((d.row | d.batch) * p.result.size_in_bytes());
         let all = a.address | b.address | d.address | distances as u64;
         let key = Key {
             shape: [m, n, k],
