@@ -15,7 +15,7 @@ use super::job::Job;
 use super::train::{self, Ended};
 use super::{stamp, weights};
 use crate::checkpoint::Names;
-use crate::config::{resolve_runs, Resolved, Typed};
+use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
 use crate::fsio;
 use crate::train::TrainSettings;
@@ -63,6 +63,9 @@ impl Runs {
     pub fn get_ready(&self) -> anyhow::Result<()> {
         // Cheap things first: nothing is downloaded for a job whose dataset is misspelled.
         self.first().dataset_path()?;
+        if let Some(pair) = &self.pair {
+            pair.check_job(self.first())?;
+        }
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
             weights::check_save_merged(&job.config)?;
             let seed = job.config.seed.unwrap_or_default();
@@ -158,6 +161,9 @@ struct Pair {
 #[serde(deny_unknown_fields)]
 struct Record {
     stamp: String,
+    /// What the pair was begun for: another job of the same name must not take its LoRA for its own.
+    template: Option<String>,
+    dataset_config: Option<PathBuf>,
     /// Experts whose LoRA is finished.
     finished: Vec<String>,
 }
@@ -201,11 +207,37 @@ impl Pair {
         if let Some(record) = Record::read(&path)?.filter(|record| record.finished.len() < 2) {
             return Ok(Some(Self { path, record, interrupted: true }));
         }
+        let RunConfig { template, dataset_config, .. } = &high.config;
         let (high, low) = (&high.config.output_name, &low.config.output_name);
         let taken = [high, low].into_iter().flatten().any(|name| Names::new(dir, name).final_file().exists());
         // A second pair within a minute must not take the first one's files for its own.
         let stamp = if taken { chrono::Local::now().format("%Y%m%d_%H%M%S").to_string() } else { stamp() };
-        Ok(Some(Self { path, record: Record { stamp, finished: Vec::new() }, interrupted: false }))
+        let (template, dataset_config) = (template.clone(), dataset_config.clone());
+        let record = Record { stamp, template, dataset_config, finished: Vec::new() };
+        Ok(Some(Self { path, record, interrupted: false }))
+    }
+
+    /// Refuses to go on with a pair that was begun for something else.
+    fn check_job(&self, job: &Job) -> Result<(), UserError> {
+        let show = |what: Option<String>| what.unwrap_or_else(|| "none".into());
+        let path = |path: &Option<PathBuf>| show(path.as_ref().map(|p| p.display().to_string()));
+        let (then, now) = (&self.record, &job.config);
+        for (what, then, now) in [
+            ("template", show(then.template.clone()), show(now.template.clone())),
+            ("dataset", path(&then.dataset_config), path(&now.dataset_config)),
+        ] {
+            if then != now {
+                return Err(UserError::new(format!(
+                    "the unfinished pair of {} was begun with the {what} {then}, this command has {now}",
+                    self.record.stamp
+                ))
+                .hint(format!(
+                    "give another --output_name, or delete {} to start over under this one",
+                    self.path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn standing(&self, level: &str, names: &Names) -> Standing {

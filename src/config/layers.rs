@@ -9,7 +9,7 @@ use anyhow::Context;
 use serde_json::{Map, Value};
 
 use super::options::{find, Kind, Opt, RunConfig, OPTIONS};
-use super::registry;
+use super::{experts, registry};
 use crate::error::{nearest, UserError};
 
 /// Which layer gave an option its value.
@@ -130,7 +130,7 @@ impl Asked {
             stack.lay(layer.clone(), &Layer::File(path.clone()));
         }
         stack.lay(self.flags.clone(), &Layer::Flag);
-        stack.expert(level, pair, template_dit)?;
+        experts::choose_dit(&mut stack.values, &mut stack.origin, level, pair, template_dit)?;
         stack.finish(stamp, pair)
     }
 }
@@ -150,41 +150,6 @@ impl Stack {
         }
     }
 
-    /// Which DiT is trained where two can be named: `--dit_high_noise` is the high expert's, `--dit` the other one's (of
-    /// a pair: only the low expert's).
-    fn expert(
-        &mut self,
-        level: Option<&str>,
-        pair: bool,
-        template_dit: Option<(Value, Layer)>,
-    ) -> Result<(), UserError> {
-        let high_dit = self.values.remove("dit_high_noise").zip(self.origin.remove("dit_high_noise"));
-        let Some(level) = level else {
-            return match high_dit {
-                None => Ok(()),
-                Some(_) => Err(UserError::usage("one LoRA over both experts (--dit_high_noise alone) is not offered")
-                    .hint("add --noise_level both: it trains one LoRA for each expert, as ComfyUI loads them")),
-            };
-        };
-        self.values.insert("noise_level".into(), level.into());
-        if level == "high" {
-            let own = if pair { high_dit.or(template_dit) } else { high_dit };
-            match own {
-                Some((dit, origin)) => {
-                    self.values.insert("dit".into(), dit);
-                    self.origin.insert("dit", origin);
-                }
-                None if pair => {
-                    return Err(UserError::usage("--noise_level both needs the DiT of either expert").hint(
-                        "give the high one with --dit_high_noise, the low one with --dit, or use a Wan 2.2 template",
-                    ))
-                }
-                None => {}
-            }
-        }
-        Ok(())
-    }
-
     fn finish(self, stamp: &str, pair: bool) -> anyhow::Result<Resolved> {
         let mut all = match serde_json::to_value(RunConfig::default())? {
             Value::Object(map) => map,
@@ -195,39 +160,12 @@ impl Stack {
         let base_name = config.output_name.clone().unwrap_or_else(|| "wan-lora".into());
         let mut resolved = Resolved { config, origin: self.origin, base_name };
         if pair {
-            derive_pair(&mut resolved)?;
+            experts::derive_pair(&mut resolved)?;
         }
         derive(&mut resolved, stamp);
         validate(&resolved.config)?;
         Ok(resolved)
     }
-}
-
-/// What templates say of an expert of a pair, worked out where there is none: its own name, and its own timesteps.
-fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
-    let c = &mut r.config;
-    let level = c.noise_level.clone().unwrap_or_default();
-    // Two merged models do not fit one file.
-    c.save_merged = c.save_merged.as_ref().map(|path| {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        path.with_file_name(format!("{stem}-{level}.safetensors"))
-    });
-    if c.template.is_some() {
-        return Ok(());
-    }
-    let Some(boundary) = c.timestep_boundary.or_else(|| registry::expert_boundary(&c.task)) else {
-        return Err(UserError::usage(format!("task {} has a single model: --noise_level both is for Wan 2.2", c.task))
-            .hint("leave --noise_level out"));
-    };
-    let boundary = (if boundary > 1.0 { boundary } else { boundary * 1000.0 }).round() as u64;
-    let high = c.noise_level.as_deref() == Some("high");
-    let (low_end, high_end) = if high { (boundary, 1000) } else { (0, boundary) };
-    if c.min_timestep.is_none() && c.max_timestep.is_none() {
-        (c.min_timestep, c.max_timestep) = (Some(low_end), Some(high_end));
-        r.origin.extend([("min_timestep", Layer::Derived), ("max_timestep", Layer::Derived)]);
-    }
-    c.output_name = c.output_name.as_ref().map(|name| format!("{name}-{level}"));
-    Ok(())
 }
 
 /// Values that follow from others. Order matters: the run directory is named before the name gets its time stamp.

@@ -1,5 +1,6 @@
 //! What the user meant: options resolved from template < file < flags into one printable [`RunConfig`].
 
+mod experts;
 mod layers;
 mod options;
 mod reference;

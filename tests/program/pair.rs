@@ -179,6 +179,10 @@ fn a_finished_expert_is_known_by_its_file_even_where_the_record_was_not_written(
     let text = std::fs::read_to_string(&record).unwrap();
     assert!(text.contains("\"high\""), "{text}");
     std::fs::write(&record, text.replace("\"high\"", "")).unwrap();
+    // Another dataset under the same name is another job.
+    std::fs::write(bench.path("other.toml"), "").unwrap();
+    let other = both(&bench, "", &["--dataset_config", "other.toml"]).output().unwrap();
+    refused(&other, 1, &["unfinished pair", "demo.toml", "other.toml", "--output_name", "-both.json"]);
     let (fine, said) = run(&bench, &[]);
     assert!(fine && said.contains("high noise: finished before"), "{said}");
     assert_same(&bench);
