@@ -219,6 +219,10 @@ fn conclude(job: &Job, watch: &Watch, outcome: Outcome) -> Ended {
                 let size = std::fs::metadata(lora).map(|m| m.len()).unwrap_or_default();
                 say(format!("LoRA:       {} ({})", lora.display(), fsio::human(size)));
                 say("            copy it to ComfyUI/models/loras/".into());
+                let report = lora.with_extension("html");
+                if report.is_file() {
+                    say(format!("report:     {}", report.display()));
+                }
             }
             Ended::Finished(lora)
         }

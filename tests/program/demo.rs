@@ -45,6 +45,13 @@ fn the_demo_trains_and_leaves_what_it_says() {
     let (first, final_) = (mean(&lines[..8]), mean(&lines[40..]));
     assert!(final_ < 0.9 * first, "the loss went from {first} to {final_}");
 
+    assert!(
+        said.contains(&format!(
+            "report:     {}",
+            last.with_extension("html").strip_prefix(bench.path("")).unwrap().display()
+        )),
+        "{said}"
+    );
     // A report beside each checkpoint, with what was trained on, planned and set.
     for lora in &loras {
         let html = std::fs::read_to_string(lora.with_extension("html")).unwrap();
