@@ -202,8 +202,7 @@ impl Pair {
         let (Some(dir), Some(_)) = (&high.config.output_dir, &high.config.output_name) else {
             return Ok(None);
         };
-        let base = high.base_name.strip_suffix("-high").unwrap_or(&high.base_name);
-        let path = dir.join(format!("{base}-both.json"));
+        let path = dir.join(format!("{}-both.json", high.base_name));
         if let Some(record) = Record::read(&path)?.filter(|record| record.finished.len() < 2) {
             return Ok(Some(Self { path, record, interrupted: true }));
         }

@@ -202,6 +202,44 @@ fn weights_to_start_from_are_never_the_other_experts() {
 }
 
 #[test]
+fn without_a_template_the_boundary_divides_the_timesteps() {
+    let mut typed = wan_train::config::Typed::default();
+    for (name, word) in [
+        ("task", "i2v-A14B"),
+        ("noise_level", "both"),
+        ("dit", "low.safetensors"),
+        ("dit_high_noise", "high.safetensors"),
+        ("output_name", "mine"),
+        ("save_merged", "dir/merged.safetensors"),
+    ] {
+        typed.flags.insert(name, vec![word.into()]);
+    }
+    let runs = wan_train::config::resolve_runs(&typed, "stamp").unwrap();
+    let facts: Vec<_> = runs
+        .iter()
+        .map(|r| {
+            let c = &r.config;
+            let text = |p: &Option<PathBuf>| p.as_ref().unwrap().display().to_string();
+            (text(&c.dit), c.min_timestep, c.max_timestep, c.output_name.clone().unwrap(), text(&c.save_merged))
+        })
+        .collect();
+    let row = |dit: &str, min, max, name: &str, merged: &str| {
+        (dit.to_owned(), Some(min), Some(max), name.to_owned(), merged.to_owned())
+    };
+    assert_eq!(facts[0], row("high.safetensors", 900, 1000, "mine-high", "dir/merged-high.safetensors"));
+    assert_eq!(facts[1], row("low.safetensors", 0, 900, "mine-low", "dir/merged-low.safetensors"));
+    // The boundary of one's own, in either spelling, and limits of one's own.
+    for boundary in ["0.8", "800"] {
+        typed.flags.insert("timestep_boundary", vec![boundary.into()]);
+        let runs = wan_train::config::resolve_runs(&typed, "stamp").unwrap();
+        assert_eq!((runs[0].config.min_timestep, runs[1].config.max_timestep), (Some(800), Some(800)));
+    }
+    typed.flags.insert("min_timestep", vec!["100".into()]);
+    let runs = wan_train::config::resolve_runs(&typed, "stamp").unwrap();
+    assert_eq!((runs[0].config.min_timestep, runs[0].config.max_timestep), (Some(100), None));
+}
+
+#[test]
 fn planning_a_pair_plans_both() {
     let bench = bench();
     let out = both(&bench, "plan", &[]).output().unwrap();
