@@ -2,11 +2,10 @@
 //! clip until this thread takes it, so that memory stays that of a few clips whatever the data set. Files are taken in
 //! their order, whoever decodes faster, so results and reports do not depend on timing.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -15,13 +14,14 @@ use wan_kernels::Exec;
 use wan_models::clip::ClipVision;
 use wan_models::vae::{Encoder, Vae};
 
-use super::fingerprint::SourceId;
+use super::decode::{decode_all, Lanes, Message, Sources, WorkItem};
 use super::format::{self, LatentTensors};
 use super::one_frame::{self, Positions};
 use super::options::CacheOptions;
 use super::recipe::{ClipList, Freshness, LatentRecipe, Stamp};
-use super::survey::{cut_rule, latent_path, LatentEntry, Outcome, Survey};
-use crate::data::{self, Clip, Entry, Item, Kind, Planned};
+use super::survey::{cut_rule, LatentEntry, Outcome, Survey};
+use super::writer::Writer;
+use crate::data::{self, Clip, Item, Kind, Planned};
 use crate::error::UserError;
 use crate::fsio;
 use crate::report::{Progress, Work};
@@ -80,9 +80,9 @@ pub fn cache_latents(
     let mut task = progress.begin(Work { what: "latents", unit: "file", start: 0, total });
     let mut done = 0;
     std::thread::scope(|scope| -> Result<()> {
-        // No buffers: what is decoded ahead waits in its decoder's hands. A lane for each file keeps their order.
-        let (lanes, receivers): (Vec<_>, Vec<_>) = work.iter().map(|_| sync_channel(0)).unzip();
-        let lanes = Arc::new(Lanes(Mutex::new(lanes.into_iter().enumerate().collect())));
+        // A lane for each file keeps their order.
+        let (lanes, receivers) = Lanes::new(work.len());
+        let lanes = Arc::new(lanes);
         let work = &work;
         for _ in 0..decoders {
             let lanes = lanes.clone();
@@ -136,16 +136,6 @@ fn clip_name(item: &Item, clip: &Clip) -> String {
     }
 }
 
-/// An item with something to make, for the decoder.
-struct WorkItem {
-    /// Position in `Survey::entries`.
-    entry: usize,
-    item: Item,
-    dataset: Entry,
-    /// Files that need not be made again.
-    ready: HashSet<PathBuf>,
-}
-
 fn work_list(survey: &Survey) -> Vec<WorkItem> {
     let needed =
         survey.entries.iter().enumerate().filter(|(_, e)| e.needs_latents() || (e.fault.is_none() && !e.settled));
@@ -168,130 +158,6 @@ fn find_damaged(survey: &mut Survey, work: &[WorkItem]) {
             survey.entries[w.entry].fault = Some(finding.why.clone());
         }
     }
-}
-
-/// What a file is made from, taken before it is decoded.
-struct Sources {
-    source: SourceId,
-    controls: Vec<SourceId>,
-}
-
-enum Message {
-    Clip {
-        entry: usize,
-        clip: Clip,
-        sources: Arc<Sources>,
-    },
-    /// The item is read through: all its clips, or why it cannot be read.
-    End {
-        entry: usize,
-        result: Result<Vec<Planned>>,
-    },
-}
-
-/// The decoder is told to stop by the other side hanging up.
-#[derive(Debug, thiserror::Error)]
-#[error("nobody takes the clips any more")]
-struct HungUp;
-
-/// The files that nobody decodes yet, in their order, each with the way its messages go.
-struct Lanes(Mutex<VecDeque<(usize, SyncSender<Message>)>>);
-
-impl Lanes {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<(usize, SyncSender<Message>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self) -> Option<(usize, SyncSender<Message>)> {
-        self.waiting().pop_front()
-    }
-
-    /// No file is begun any more; whoever waits for one learns it.
-    fn close(&self) {
-        self.waiting().clear();
-    }
-}
-
-fn decode_all(work: &[WorkItem], lanes: &Lanes, stop: &AtomicBool) {
-    while let (false, Some((i, send))) = (stop.load(Ordering::Relaxed), lanes.take()) {
-        let w = &work[i];
-        let result = decode(w, &send);
-        if result.as_ref().is_err_and(|e| e.is::<HungUp>()) {
-            break;
-        }
-        if send.send(Message::End { entry: w.entry, result }).is_err() {
-            break;
-        }
-    }
-    lanes.close();
-}
-
-/// Writes files beside the encoding, one at a time.
-struct Writer {
-    jobs: SyncSender<(PathBuf, Vec<u8>)>,
-    done: Receiver<Result<()>>,
-    /// What the survey said of the file that is being written.
-    writing: Option<(usize, LatentEntry)>,
-}
-
-impl Writer {
-    fn spawn<'scope>(scope: &'scope std::thread::Scope<'scope, '_>) -> Self {
-        let (jobs, todo) = sync_channel::<(PathBuf, Vec<u8>)>(0);
-        let (report, done) = sync_channel(1);
-        scope.spawn(move || {
-            for (path, bytes) in todo {
-                if report.send(fsio::write_bytes(&path, &bytes)).is_err() {
-                    return;
-                }
-            }
-        });
-        Writer { jobs, done, writing: None }
-    }
-
-    /// Begins to write; `before` is what the survey knew of the file.
-    fn write(&mut self, survey: &mut Survey, entry: usize, before: LatentEntry, bytes: Vec<u8>) -> Result<()> {
-        self.settle(survey)?;
-        let path = before.path.clone();
-        self.jobs.send((path, bytes)).map_err(|_| anyhow::anyhow!("the thread that writes files has ended"))?;
-        self.writing = Some((entry, before));
-        Ok(())
-    }
-
-    /// Waits for the file that is being written; where that failed the survey is told that it is not there.
-    fn settle(&mut self, survey: &mut Survey) -> Result<()> {
-        let Some((entry, before)) = self.writing.take() else { return Ok(()) };
-        let result = self.done.recv().context("the thread that writes files has ended")?;
-        if result.is_err() {
-            let clips = &mut survey.entries[entry].clips;
-            if let Some(clip) = clips.iter_mut().find(|c| c.path == before.path) {
-                *clip = before;
-            }
-        }
-        result
-    }
-}
-
-fn decode(w: &WorkItem, send: &SyncSender<Message>) -> Result<Vec<Planned>> {
-    let identity = |path: &PathBuf| SourceId::of(path).map_err(|e| fsio::explain(e, path));
-    let controls = w.item.controls.iter().map(identity).collect::<Result<_>>()?;
-    let sources = Arc::new(Sources { source: identity(&w.item.path)?, controls });
-    let mut found = Vec::new();
-    let mut hand_over = |clip: Clip| {
-        let span = Planned { start: clip.start, frames: clip.frames.len(), size: clip.size };
-        found.push(span);
-        if w.ready.contains(&latent_path(&w.dataset, &w.item, span)) {
-            return Ok(());
-        }
-        let message = Message::Clip { entry: w.entry, clip, sources: sources.clone() };
-        send.send(message).map_err(|_| HungUp.into())
-    };
-    match w.item.kind {
-        Kind::Image => data::decode_image(&w.item, &w.dataset).and_then(&mut hand_over)?,
-        Kind::Video => {
-            data::decode_video(&w.item, &w.dataset, &mut hand_over)?;
-        }
-    }
-    Ok(found)
 }
 
 /// Encodes clips and writes them. A clip's file is written when the next message comes: the last clip of a video then
