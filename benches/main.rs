@@ -4,14 +4,17 @@ use candle_core::{Device, Tensor};
 use criterion::{criterion_group, criterion_main, Criterion};
 use std::hint::black_box;
 use wan_kernels::Exec;
-use wan_models::adapter::NoAdapters;
 use wan_models::arch::ModelConfig;
 use wan_models::wan::{random_weights, Numerics, SavePlan, SavePolicy, Timesteps, WanInputs, WanModel, WanWeights};
+use wan_train::adapter::{AdapterParams, Grads, NetworkSpec};
 use wan_train::config::registry;
 use wan_train::data::resize;
+#[cfg(feature = "video")]
+use wan_train::data::video::Reader;
+use wan_train::optim::{Optimizer, OptimizerSpec};
 use wan_train::tokenizer::UmT5Tokenizer;
 
-/// Forward and backward of the demo's DiT on one clip of 144 tokens.
+/// Forward, backward and AdamW of the demo's DiT with a LoRA of rank 8, on one clip of 144 tokens.
 fn step(c: &mut Criterion) {
     let config = ModelConfig::from_toml(registry::text("models/demo.toml").unwrap()).unwrap();
     let tensors = random_weights(&config.arch, 1).unwrap();
@@ -28,28 +31,48 @@ fn step(c: &mut Criterion) {
         clip_fea: None,
         f_indices: None,
     };
+    let params = AdapterParams::new(NetworkSpec::lora(8, 8.0), config.arch.sites(), 1, &Device::Cpu).unwrap();
+    let mut grads = Grads::new(params.layout().clone(), &Device::Cpu).unwrap();
+    let adamw = OptimizerSpec::parse("adamw", &[]).unwrap();
+    let mut optimizer = Optimizer::on(adamw, params.layout(), &Device::Cpu).unwrap();
     let mut group = c.benchmark_group("demo DiT");
     group.sample_size(10);
     for (name, policy) in [("keep all", SavePolicy::KeepAll), ("recompute", SavePolicy::Recompute)] {
         let plan = SavePlan::uniform(policy);
         group.bench_function(name, |b| {
             b.iter(|| {
-                let (pred, saved) = model.forward(&exec, &inputs, &NoAdapters, &blocks, &plan).unwrap();
-                model.backward(&exec, &NoAdapters, &blocks, saved, &pred, &mut Nowhere).unwrap();
+                let (pred, saved) = model.forward(&exec, &inputs, &params, &blocks, &plan).unwrap();
+                model.backward(&exec, &params, &blocks, saved, &pred, &mut grads).unwrap();
+                optimizer.step(params.layout(), params.master(), grads.flat(), 1e-4, 1e-4, 1.0).unwrap();
+                grads.clear().unwrap();
             })
         });
     }
     group.finish();
 }
 
-/// Gradients that nobody wants.
-struct Nowhere;
-
-impl wan_models::wan::GradSink for Nowhere {
-    fn add(&mut self, _site: &str, _param: &'static str, _grad: &Tensor) -> wan_models::Result<()> {
-        Ok(())
-    }
+/// The demo's clip, every frame as RGB.
+#[cfg(feature = "video")]
+fn decode(c: &mut Criterion) {
+    let (_, clip) = registry::files_under("demo/videos").into_iter().find(|(path, _)| path.ends_with(".mp4")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("clip.mp4");
+    std::fs::write(&path, clip).unwrap();
+    c.bench_function("decode the demo's clip", |b| {
+        b.iter(|| {
+            let mut reader = Reader::open(&path, true, true).unwrap();
+            let mut frames = 0;
+            while reader.advance().unwrap().is_some() {
+                black_box(reader.picture().unwrap());
+                frames += 1;
+            }
+            assert!(frames > 0);
+        })
+    });
 }
+
+#[cfg(not(feature = "video"))]
+fn decode(_c: &mut Criterion) {}
 
 /// One 1280x720 picture to a bucket: shrinking and enlarging.
 fn resizing(c: &mut Criterion) {
@@ -69,5 +92,5 @@ fn tokenizer(c: &mut Criterion) {
     c.bench_function("tokenize 105 words", |b| b.iter(|| tokenizer.encode(black_box(&caption)).unwrap()));
 }
 
-criterion_group!(benches, step, resizing, tokenizer);
+criterion_group!(benches, step, decode, resizing, tokenizer);
 criterion_main!(benches);
