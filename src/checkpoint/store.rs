@@ -57,9 +57,10 @@ impl Names {
         self.states().max().map(|(_, _, path)| path)
     }
 
-    /// Removes every state of this run; returns those that were there.
-    pub fn remove_states(&self) -> Result<Vec<PathBuf>> {
-        let states: Vec<PathBuf> = self.states().map(|(_, _, path)| path).collect();
+    /// Removes every state of this run but `keep`; returns those that were there.
+    pub fn remove_states(&self, keep: Option<&Path>) -> Result<Vec<PathBuf>> {
+        let states: Vec<PathBuf> =
+            self.states().map(|(_, _, path)| path).filter(|p| Some(p.as_path()) != keep).collect();
         states.iter().try_for_each(|dir| fsio::remove_dir(dir))?;
         Ok(states)
     }

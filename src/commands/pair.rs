@@ -115,8 +115,10 @@ impl Runs {
                 return Ok(ended.code());
             };
             pair.finish(&level)?;
-            if !job.config.save_state && !job.config.save_state_on_train_end {
-                names.remove_states()?;
+            if !job.config.save_state {
+                // Those that were only written against a kill.
+                let asked = job.config.save_state_on_train_end.then(|| names.final_state());
+                names.remove_states(asked.as_deref())?;
             }
             loras.extend(lora.map(|lora| format!("{level} noise: {}", lora.display())));
             if job.stopped() && number == 0 {

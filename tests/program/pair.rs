@@ -124,10 +124,15 @@ fn each_expert_gets_its_own_settings_names_and_logs() {
     assert!(bench.outputs("-state").is_empty());
 
     // Once more: a new pair, beside the first.
-    let (fine, said) = run(&bench, &["--epochs", "1"]);
+    let (fine, said) = run(&bench, &["--save_state_on_train_end"]);
     assert!(fine && !said.contains("finished before"), "{said}");
-    let finished = bench.outputs(".safetensors").into_iter().filter(|p| !p.to_string_lossy().contains("-000001."));
+    let finished = bench.outputs(".safetensors").into_iter().filter(|p| {
+        let name = p.file_name().unwrap().to_string_lossy().into_owned();
+        name.starts_with("two-") && !name.contains("-000001.")
+    });
     assert_eq!(finished.count(), 4);
+    let states = bench.outputs("-state");
+    assert!(states.len() == 2 && states.iter().all(|p| !p.to_string_lossy().contains("-000001-")), "{states:?}");
 }
 
 #[test]
