@@ -23,6 +23,17 @@ pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBa
 
 pub use add::{LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs};
 
+impl crate::Exec {
+    /// A tensor of any float dtype and shape in the compute dtype; itself where it is already.
+    pub fn cast(&self, t: &Tensor) -> Result<Tensor> {
+        match self {
+            crate::Exec::Reference { compute, .. } => Ok(t.to_dtype(*compute)?),
+            #[cfg(feature = "cuda")]
+            crate::Exec::Cuda { gpu, compute, .. } => gpu.timed("cast", || cuda::cast(gpu, "cast", t, *compute)),
+        }
+    }
+}
+
 /// The matrices of a LoRA, `down` [r, i] and `up` [o, r], as products take them best. On a card that is the compute dtype
 /// and the rank filled up with zeros to a multiple of 16, since rows of 42 values are not aligned to what tensor cores
 /// load: products take half the time or less. The gradients of the zeros are to be cut off again.

@@ -238,7 +238,7 @@ impl Block<'_> {
         let cross = &w.cross_attn;
         let CrossAttention { q: LinearOut { y: cq_bld, h: cq_h }, text, image, o_h } = cross_attn;
         let co_bld = self.cross_sum(&text, image.as_ref())?;
-        let dcross_bld = dx2_bld.to_dtype(self.exec.compute())?;
+        let dcross_bld = self.exec.cast(&dx2_bld)?;
         let dco_bld = self.linear_backward("cross_attn.o", &cross.o, &co_bld, o_h.as_ref(), &dcross_bld, sink)?;
         drop((co_bld, dcross_bld, o_h));
         let cq_blnh = self.heads(&self.rms(&cq_bld, &cross.norm_q)?)?;

@@ -84,7 +84,7 @@ mod on_card {
     use crate::checkpoint::Identity;
     use crate::cli::{BenchOptions, BenchWhat};
     use crate::commands::job::Job;
-    use crate::commands::plan::{wishes, Room};
+    use crate::commands::plan::{explain, wishes, Room};
     use crate::commands::{synthetic, weights};
     use crate::config::Typed;
     use crate::error::UserError;
@@ -378,7 +378,8 @@ mod on_card {
         let [w, h, f] = super::pixels(&options.case)?;
         let numerics = if job.config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
         let model = WanModel::new(arch.clone(), rest, numerics)?;
-        let (residency, note) = Residency::on(exec, blocks, residency(planned))?;
+        let explain = |e| explain(exec, &planned.memory, e);
+        let (residency, note) = Residency::on(exec, blocks, residency(planned)).map_err(explain)?;
         note.iter().for_each(|note| eprintln!("note: {note}"));
         let save_plan = SavePlan::per_block(planned.arrangement.saving.clone());
         let items = Synthetic {
@@ -392,7 +393,8 @@ mod on_card {
             text: arch.text_dim,
         };
         let parts = Parts { exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &items };
-        let mut trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null)?;
+        let trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null);
+        let mut trainer = trainer.map_err(explain)?;
         gpu.synchronize()?;
         let ready = Instant::now();
         gpu.reset_peak()?;
@@ -405,7 +407,7 @@ mod on_card {
             profiled: steps,
             peak: 0,
         };
-        trainer.run(&mut watch, &mut (), &AtomicBool::new(false))?;
+        trainer.run(&mut watch, &mut (), &AtomicBool::new(false)).map_err(explain)?;
         Ok((watch, ready))
     }
 

@@ -91,31 +91,9 @@ impl Planned {
         lines
     }
 
-    /// An error of the run; where the card was out of memory, with what was planned and what there was.
+    /// See [`explain`].
     pub fn explain(&self, exec: &Exec, e: anyhow::Error) -> anyhow::Error {
-        let text = format!("{e:#}");
-        let out_of_memory = ["OUT_OF_MEMORY", "out of memory"].iter().any(|sign| text.contains(sign));
-        #[cfg(feature = "cuda")]
-        if let (true, Exec::Cuda { gpu, .. }) = (out_of_memory, exec) {
-            let planned = self.plan.memory.device();
-            let now = gpu.memory().map(|m| {
-                let [used, peak, free] = [m.used, m.peak, m.free].map(plan::gib);
-                format!("{used} GiB in tensors now, {peak} GiB at most, {free} GiB free for anybody")
-            });
-            let now = now.unwrap_or_else(|e| e.to_string());
-            return UserError::new(format!(
-                "the card is out of memory: {} GiB were planned; {now}\n{}",
-                plan::gib(planned),
-                self.plan.memory
-            ))
-            .hint(format!(
-                "close what else uses the card, or plan for less: --vram_budget {:.1}; the last checkpoint is good",
-                planned as f64 / GIB * 0.9
-            ))
-            .into();
-        }
-        let _ = (exec, out_of_memory);
-        e
+        explain(exec, &self.plan.memory, e)
     }
 
     /// How the blocks' weights are held.
@@ -128,6 +106,34 @@ impl Planned {
     pub fn save_plan(&self) -> SavePlan {
         SavePlan::per_block(self.plan.arrangement.saving.clone())
     }
+}
+
+/// An error of a run; where the card was out of memory, with what was planned and what there was.
+pub fn explain(exec: &Exec, memory: &plan::Memory, e: anyhow::Error) -> anyhow::Error {
+    #[cfg(feature = "cuda")]
+    if let (true, Exec::Cuda { gpu, .. }) = (out_of_memory(&e), exec) {
+        let now = gpu.memory().map(|m| {
+            let [used, peak, free] = [m.used, m.peak, m.free].map(plan::gib);
+            format!("{used} GiB in tensors now, {peak} GiB at most, {free} GiB free for anybody")
+        });
+        let (planned, now) = (memory.device(), now.unwrap_or_else(|e| e.to_string()));
+        let what = format!("the card is out of memory: {} GiB were planned; {now}\n{memory}", plan::gib(planned));
+        return UserError::new(what)
+            .hint(format!(
+                "close what else uses the card, or plan for less: --vram_budget {:.1}; checkpoints written before are good",
+                planned as f64 / GIB * 0.9
+            ))
+            .into();
+    }
+    let _ = (exec, memory);
+    e
+}
+
+/// Whether an error is the driver's or the allocator's lack of device memory.
+#[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code))]
+fn out_of_memory(e: &anyhow::Error) -> bool {
+    let text = format!("{e:#}");
+    ["OUT_OF_MEMORY", "ALLOC_FAILED", "out of memory"].iter().any(|sign| text.contains(sign))
 }
 
 /// Where a run computes, what it may use there, and how fast that is.
@@ -288,4 +294,17 @@ fn largest_surveyed(prepared: &Prepared) -> anyhow::Result<(BucketKey, usize)> {
 fn largest(buckets: impl Iterator<Item = (BucketKey, usize)>) -> anyhow::Result<(BucketKey, usize)> {
     let size = |(key, batch): &(BucketKey, usize)| key.width * key.height * (key.frames + 3) * batch;
     buckets.max_by_key(size).ok_or_else(|| UserError::new("the dataset has no usable item").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::out_of_memory;
+
+    #[test]
+    fn lack_of_memory_is_told_from_other_errors() {
+        assert!(out_of_memory(&anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")").context("step 3")));
+        assert!(!out_of_memory(&anyhow!("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)")));
+    }
 }

@@ -89,7 +89,9 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let plan = plan::for_training(job, &config, &settings, &exec, &index, &source)?;
     say(&plan.table());
     let streamed = plan.residency().streamed(job.model.arch.num_layers);
-    let (rest, blocks) = weights::load(job, &config, &source, exec.device(), &streamed)?;
+    let explain = |e| plan.explain(&exec, e);
+    let loaded = weights::load(job, &config, &source, exec.device(), &streamed);
+    let (rest, blocks) = loaded.map_err(explain)?;
     if job.stopped() {
         say("stopped before the first step: nothing was trained, nothing was written");
         return Ok(Ended::Stopped);
@@ -97,7 +99,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
 
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
     let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
-    let (residency, note) = Residency::on(&exec, blocks, plan.residency())?;
+    let (residency, note) = Residency::on(&exec, blocks, plan.residency()).map_err(explain)?;
     note.iter().for_each(|note| say(&format!("note: {note}")));
     let save_plan = plan.save_plan();
     let parts = Parts { exec: &exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &index };
@@ -106,7 +108,8 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
         base: source.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
         ..Identity::default()
     };
-    let mut trainer = Trainer::new(parts, settings, identity, serde_json::to_value(&config)?)?;
+    let trainer = Trainer::new(parts, settings, identity, serde_json::to_value(&config)?);
+    let mut trainer = trainer.map_err(explain)?;
     if let Some((path, file)) = start_weights {
         let stored = stored(&file)?;
         let note = start::load(trainer.params(), &path.display().to_string(), &stored)?;
@@ -126,7 +129,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let mut watch = Watch::new(job, &config, resumed_after, background)?;
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();
-    let outcome = outcome.map_err(|e| plan.explain(&exec, e))?;
+    let outcome = outcome.map_err(explain)?;
     plan.measured(&exec).iter().for_each(|line| say(line));
     Ok(conclude(job, &watch, outcome))
 }
