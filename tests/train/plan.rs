@@ -265,3 +265,40 @@ fn the_price_of_saved_activations_is_what_the_model_keeps() {
         }
     }
 }
+
+/// Every recorded training step: what was planned for its arrangement is within 5 % of what was measured.
+#[test]
+fn recorded_peaks_are_within_five_percent_of_the_plan() {
+    let rows =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/results/2026-11-22-h200.jsonl")).unwrap();
+    let mut compared = 0;
+    for line in rows.lines() {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        if row["kind"] != "training step" || row["commit"].is_null() {
+            continue;
+        }
+        let latent = match row["case"].as_str().unwrap() {
+            "img720" => [1, 90, 160],
+            "v21" => [6, 90, 160],
+            "v45" => [12, 68, 120],
+            other => panic!("{other}: a case without a size"),
+        };
+        let job = Job { latent, moments: Moments::F32, ..v21(Target::Cuda) };
+        let count = |of: &serde_json::Value| of.as_u64().unwrap();
+        let (all, attention) = (count(&row["kept"]["all"]), count(&row["kept"]["attention"]));
+        let (recompute, away) = (count(&row["kept"]["recompute"]), count(&row["host_saved"]));
+        let of = |i: u64| match i {
+            i if i < recompute => SavePolicy::Recompute,
+            i if i < recompute + attention => SavePolicy::KeepAttention,
+            _ => SavePolicy::KeepAll,
+        };
+        let home = |i: u64| if i < away { Home::Host } else { Home::Device };
+        let saving = (0..recompute + attention + all).map(|i| BlockPlan { keep: of(i), home: home(i) }).collect();
+        let arrangement = Arrangement { blocks_to_swap: count(&row["blocks_to_swap"]), ring_size: 2, saving };
+        let planned = price(&job, &arrangement).device() as f64 / GIB as f64;
+        let peak = row["peak_gib"].as_f64().unwrap();
+        assert!((planned / peak - 1.0).abs() < 0.05, "{line}: {planned:.2} GiB planned, {peak:.2} measured");
+        compared += 1;
+    }
+    assert!(compared >= 15, "{compared}");
+}
