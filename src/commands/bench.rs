@@ -69,14 +69,12 @@ mod on_card {
     use std::sync::atomic::AtomicBool;
     use std::time::Instant;
 
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Device};
     use serde_json::json;
     use wan_kernels::gpu::Gpu;
     use wan_kernels::philox::Philox;
-    use wan_kernels::{bench, check, fp8, Exec};
+    use wan_kernels::{bench, check, Exec};
     use wan_models::arch::WanArch;
-    use wan_models::keys;
-    use wan_models::linear::Weight;
     use wan_models::wan::{BlockWeights, Numerics, SavePlan, Timesteps, WanInputs, WanModel, WanWeights};
 
     use crate::adapter::{select, AdapterParams, Grads};
@@ -220,7 +218,8 @@ mod on_card {
         }
         let arch = &job.model.arch;
         let spec = residency(&planned);
-        let weights = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast)?;
+        let weights =
+            synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast)?;
         let steps = options.steps + 2;
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
         let prepared = (ready - clock).as_secs_f64();
@@ -294,7 +293,7 @@ mod on_card {
         let run = |fast: bool| -> anyhow::Result<(f32, Vec<f32>)> {
             device.set_seed(7)?;
             let spec = residency(&planned);
-            let (rest, blocks) = random(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), fast)?;
+            let (rest, blocks) = synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), fast)?;
             let model = WanModel::new(arch.clone(), rest, Numerics::default())?;
             let (residency, _) = Residency::on(exec, blocks, spec)?;
             let plan = SavePlan::per_block(planned.arrangement.saving.clone());
@@ -483,48 +482,6 @@ mod on_card {
             .sum();
         let attention = 3.5 * 4.0 * tokens * (tokens + text) * arch.dim as f64;
         (linears + attention) * arch.num_layers as f64 / 1e12
-    }
-
-    /// Random weights of the model's shapes, made on the card: matrices N(0, 1/inputs), blocks' linears in fp8 with
-    /// 16-bit scales; blocks that will stream go to host memory.
-    fn random(
-        gpu: &Gpu,
-        arch: &WanArch,
-        compute: DType,
-        streamed: &[usize],
-        fast: bool,
-    ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
-        let device = gpu.device();
-        let normal = |shape: &[usize], key: &str| -> wan_models::Result<Tensor> {
-            let (mean, std) = match shape.len() {
-                1 if key.ends_with("bias") => (0.0, 0.02),
-                1 => (1.0, 0.1),
-                _ if key.ends_with("modulation") => (0.0, 0.1),
-                _ => (0.0, 1.0 / (shape[1..].iter().product::<usize>() as f32).sqrt()),
-            };
-            Ok(Tensor::randn(mean, std, shape, &device)?.to_dtype(compute)?)
-        };
-        let shapes: BTreeMap<String, Vec<usize>> = keys::expected(arch).into_iter().map(|k| (k.key, k.shape)).collect();
-        let mut get = |key: &str| -> wan_models::Result<Weight> {
-            let shape = shapes.get(key).cloned().unwrap_or_default();
-            let dense = normal(&shape, key)?;
-            let linear = key.starts_with("blocks.") && shape.len() == 2;
-            Ok(match linear {
-                true if fast => Weight::Fp8Fast(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
-                true => Weight::Fp8(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
-                false => Weight::Dense(dense),
-            })
-        };
-        let rest = WanWeights::from_getter(arch, &mut get)?;
-        let mut blocks = Vec::with_capacity(arch.num_layers);
-        for index in 0..arch.num_layers {
-            let block = BlockWeights::from_getter(arch, index, &mut get)?;
-            blocks.push(match streamed.contains(&index) {
-                true => block.map(&mut |t| Ok(t.to_device(&Device::Cpu)?))?,
-                false => block,
-            });
-        }
-        Ok((rest, blocks))
     }
 }
 
