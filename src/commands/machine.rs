@@ -58,7 +58,7 @@ pub fn describe(base_dir: &Path) -> (Table, Vec<String>) {
             table.row(["RAM", "", &format!("{} ({} free)", fsio::human(total), fsio::human(free))]);
             if total < LEAST_RAM {
                 notes.push(format!(
-                    "{} of RAM is little for the 14B models: they are quantised and kept there",
+                    "{} of RAM is little for the 14B models: what does not fit the card waits there",
                     fsio::human(total)
                 ));
             }
