@@ -160,31 +160,42 @@ impl Blas {
             eight: None,
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
-        let (alpha, beta) = (1f32, if p.add.is_some() { 1f32 } else { 0f32 });
+        let factors = [1.0, if p.add.is_some() { 1.0 } else { 0.0 }];
+        let at = [(a.address, &a_layout), (b.address, &b_layout), (add, &d_layout), (p.out, &d_layout)];
+        // SAFETY: addresses are of live tensors of the shapes said (the op's gate), freed later on this stream.
+        unsafe { self.call(&desc, factors, at, &algo) }
+    }
+
+    /// Issues `d = factors[0] · a · b + factors[1] · c`; `at` are a, b, c and d.
+    ///
+    /// # Safety
+    /// Addresses are of device memory that holds what the layouts say and is freed, if at all, later on this stream.
+    unsafe fn call(
+        &self,
+        desc: &Desc,
+        [alpha, beta]: [f32; 2],
+        [a, b, c, d]: [(u64, &Layout); 4],
+        algo: &sys::cublasLtMatmulAlgo_t,
+    ) -> std::result::Result<(), result::CublasError> {
         let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
-        let at = |address: u64| address as *const c_void;
-        // SAFETY: addresses are of live tensors of the shapes said (the op's gate), freed later on this stream;
-        // descriptors live until the call returns.
-        unsafe {
-            result::matmul(
-                self.handle,
-                desc.0,
-                (&alpha as *const f32).cast(),
-                (&beta as *const f32).cast(),
-                at(a.address),
-                a_layout.0,
-                at(b.address),
-                b_layout.0,
-                at(add),
-                d_layout.0,
-                p.out as *mut c_void,
-                d_layout.0,
-                &algo,
-                workspace as *mut c_void,
-                WORKSPACE,
-                self.stream.cu_stream().cast(),
-            )
-        }
+        result::matmul(
+            self.handle,
+            desc.0,
+            (&alpha as *const f32).cast(),
+            (&beta as *const f32).cast(),
+            a.0 as *const c_void,
+            a.1 .0,
+            b.0 as *const c_void,
+            b.1 .0,
+            c.0 as *const c_void,
+            c.1 .0,
+            d.0 as *mut c_void,
+            d.1 .0,
+            algo,
+            workspace as *mut c_void,
+            WORKSPACE,
+            self.stream.cu_stream().cast(),
+        )
     }
 
     /// A product of e4m3 codes. `Some(unit)`: the sums were written without scales and bias, in units of `1/unit`; the
@@ -241,29 +252,10 @@ impl Blas {
             eight: Some(scaled),
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
-        let (alpha, beta) = (if scaled { 1f32 } else { UNIT }, 0f32);
-        let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
+        let factors = [if scaled { 1.0 } else { UNIT }, 0.0];
+        let at = [(p.right, &a_layout), (p.left, &b_layout), (p.out, &d_layout), (p.out, &d_layout)];
         // SAFETY: as in `issue`.
-        unsafe {
-            result::matmul(
-                self.handle,
-                desc.0,
-                (&alpha as *const f32).cast(),
-                (&beta as *const f32).cast(),
-                p.right as *const c_void,
-                a_layout.0,
-                p.left as *const c_void,
-                b_layout.0,
-                p.out as *const c_void,
-                d_layout.0,
-                p.out as *mut c_void,
-                d_layout.0,
-                &algo,
-                workspace as *mut c_void,
-                WORKSPACE,
-                self.stream.cu_stream().cast(),
-            )
-        }
+        unsafe { self.call(&desc, factors, at, &algo) }
     }
 
     /// The address of at least `count` ones.

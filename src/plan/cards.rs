@@ -54,8 +54,9 @@ impl Card {
     }
 
     /// What the kernels here reach of the peak. Measured on an H200 at 21600 tokens: linears 0.72, memory 0.85. Attention
-    /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` 0.37 and 0.30 of a peak of which these instructions
-    /// can use 0.62 there, so 0.6 and 0.48 of the peak of cards that have no others.
+    /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` 0.37 and 0.30. Of the peak there, which is that of
+    /// `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and 0.48 of the peak of cards
+    /// that have no others.
     pub fn rates(&self) -> Rates {
         let peak = self.tensor_tflops * 1e12;
         let [forward, backward] = if self.capability[0] >= 9 { [0.66, 0.57] } else { [0.6, 0.48] };

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Output;
 
-use super::{find, text, Bench};
+use super::{find, text, wan_train, Bench};
 
 /// Asserts failure with `code`, an `error:` that contains every word, and a hint.
 pub fn refused(out: &Output, code: i32, words: &[&str]) {
@@ -166,4 +166,21 @@ fn resuming_what_does_not_fit() {
     std::fs::remove_file(Path::new(&state).join("COMPLETE")).unwrap();
     refused(&bench.run("", &["--resume", &state]), 1, &["-state"]);
     refused(&bench.run("", &["--resume", &state, "--resume_from", &lora]), 2, &["--resume_from"]);
+}
+
+#[test]
+fn plans_that_fit_nowhere_and_cards_that_nobody_knows() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |args: &[&str]| wan_train(dir.path()).args(args).output().unwrap();
+    refused(&said(&["bench", "--project", "rtx3091"]), 2, &["rtx3091", "did you mean `rtx3090`?"]);
+    let small = ["plan", "--task", "t2v-14B", "--fp8_base", "--mixed_precision", "bf16", "--vram_budget", "3"];
+    refused(&said(&small), 1, &["does not fit", "more than the 3.00 GiB there are", "hint:", "--network_dim"]);
+    // Predictions say that they are.
+    let out = said(&["bench", "--project", "rtx4090"]);
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).contains("predictions, not measurements"), "{}", text(&out));
+    // A build without CUDA measures nothing, and says what to build.
+    if cfg!(not(feature = "cuda")) {
+        refused(&said(&["bench", "--case", "v21"]), 1, &["computes on the CPU only", "make cuda"]);
+    }
 }

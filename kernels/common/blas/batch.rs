@@ -1,12 +1,9 @@
 //! Many products of one shape in one call: the heads of an attention.
 
-use std::ffi::c_void;
-
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
-use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::DType;
 
-use super::{data_type, error, op, Blas, Desc, Key, Layout, NAME, WORKSPACE};
+use super::{data_type, error, op, Blas, Desc, Key, Layout, NAME};
 use crate::Result;
 
 /// Row-major matrices in memory; distances in elements.
@@ -72,30 +69,10 @@ impl Blas {
             alignment: 1 << all.trailing_zeros().min(4),
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
-        let (alpha, beta) = (1f32, 0f32);
-        let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
+        let at = [(a.address, &a_layout), (b.address, &b_layout), (d.address, &d_layout), (d.address, &d_layout)];
         // SAFETY: addresses are of live memory that holds matrices of these shapes and distances (the caller's gate),
-        // freed later on this stream; descriptors live until the call returns.
-        unsafe {
-            result::matmul(
-                self.handle,
-                desc.0,
-                (&alpha as *const f32).cast(),
-                (&beta as *const f32).cast(),
-                a.address as *const c_void,
-                a_layout.0,
-                b.address as *const c_void,
-                b_layout.0,
-                d.address as *const c_void,
-                d_layout.0,
-                d.address as *mut c_void,
-                d_layout.0,
-                &algo,
-                workspace as *mut c_void,
-                WORKSPACE,
-                self.stream.cu_stream().cast(),
-            )
-        }
+        // freed later on this stream.
+        unsafe { self.call(&desc, [1.0, 0.0], at, &algo) }
     }
 }
 
