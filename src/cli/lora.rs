@@ -58,7 +58,12 @@ pub fn command() -> Command {
                 .arg(flag("fold_alpha", "Multiply alpha / rank into the factors and leave alpha out")),
         )
         .subcommand(
-            precision(output(verb("merge", "Add LoRAs up into one, or into a DiT")))
+            output(verb("merge", "Add LoRAs up into one, or into a DiT"))
+                .arg(
+                    save_precision().help(
+                        "Dtype of what is written (default: that of the inputs; an fp8 DiT becomes bf16 or fp16)",
+                    ),
+                )
                 .arg(file("files", "LoRAs").num_args(1..))
                 .arg(
                     Arg::new("weights")
@@ -183,10 +188,9 @@ fn output(command: Command) -> Command {
 }
 
 fn precision(command: Command) -> Command {
-    command.arg(
-        Arg::new("save_precision")
-            .long("save_precision")
-            .value_parser(PossibleValuesParser::new(["fp32", "fp16", "bf16"]))
-            .help("Dtype of what is written (default: that of the inputs)"),
-    )
+    command.arg(save_precision().help("Dtype of what is written (default: that of the inputs)"))
+}
+
+fn save_precision() -> Arg {
+    Arg::new("save_precision").long("save_precision").value_parser(PossibleValuesParser::new(["fp32", "fp16", "bf16"]))
 }

@@ -106,13 +106,13 @@ fn merge_files(
     lora::check_output(&out.path, &inputs, out.overwrite)?;
     let merges = merge::open(files, weights)?;
     if let Some(dit) = dit {
-        if c.is_some() || out.precision.is_some() {
-            return Err(UserError::usage("--dim and --save_precision are for LoRAs: a DiT keeps its own dtype")
-                .hint("leave them out, or leave --dit out")
+        if c.is_some() {
+            return Err(UserError::usage("--dim is the rank of a LoRA: a DiT has none")
+                .hint("leave it out, or leave --dit out")
                 .into());
         }
         let source = Source::open(dit)?;
-        let changed = merge::into_dit(&source, &merges, &out.path, report::for_stderr().as_ref())?;
+        let changed = merge::into_dit(&source, &merges, &out.path, save(out)?, report::for_stderr().as_ref())?;
         println!("{changed} tensors of {} changed", source.keys().count());
         return written(&out.path);
     }

@@ -267,7 +267,8 @@ impl DitTable {
                 return Ok(Weight::scaled(to(q)?, to(scale)?)?);
             }
         }
-        let base = if source.dtype(raw) == Some(Dtype::F8_E4M3) {
+        let coded = source.dtype(raw) == Some(Dtype::F8_E4M3);
+        let base = if coded {
             let codes = Tensor::from_vec(source.bytes(raw)?, source.shape(raw).unwrap_or_default(), &Device::Cpu)?;
             let stored = match self.scales.get(key) {
                 Some(scale) => Some(scale_tensor(source, scale)?),
@@ -281,7 +282,7 @@ impl DitTable {
                     (_, Some(scale)) => Weight::scaled(to(codes)?, to(scale)?)?,
                 });
             }
-            dequantize(&codes, stored)?.to_dtype(options.upcast)?
+            dequantize(&codes, stored)?
         } else {
             match source.read(raw, &Device::Cpu)? {
                 t if t.dtype() == DType::F64 => t.to_dtype(DType::F32)?,
@@ -289,6 +290,8 @@ impl DitTable {
             }
         };
         let base = merge_into(&base, key, &options.merges)?.unwrap_or(base);
+        // Rounded once, behind the sum.
+        let base = if coded { base.to_dtype(options.upcast)? } else { base };
         match options.fp8 {
             Fp8::Scaled if quantisable => {
                 let q = fp8::Weight::quantize(&base, fp8::Granularity::Block)?;

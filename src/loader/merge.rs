@@ -40,8 +40,8 @@ impl LoraMerge {
 }
 
 /// Adds every LoRA that touches the tensor `key` (`blocks.0.ffn.0.weight`) to it. The sum is formed in fp32 and rounded
-/// once, to the base's dtype (fp8 bases: to bf16, since e4m3 would lose most of what is added). `None` where no LoRA
-/// touches the tensor.
+/// once, to the base's dtype: whoever has an fp8 base hands over its values in fp32. `None` where no LoRA touches the
+/// tensor.
 pub fn merge_into(base: &Tensor, key: &str, merges: &[LoraMerge]) -> Result<Option<Tensor>> {
     let mut sum: Option<Tensor> = None;
     for merge in merges {
@@ -78,8 +78,7 @@ pub fn merge_into(base: &Tensor, key: &str, merges: &[LoraMerge]) -> Result<Opti
             sum = Some((so_far + delta)?);
         }
     }
-    let dtype = if base.dtype() == DType::F8E4M3 { DType::BF16 } else { base.dtype() };
-    sum.map(|t| t.to_dtype(dtype).context("rounding a merged weight")).transpose()
+    sum.map(|t| t.to_dtype(base.dtype()).context("rounding a merged weight")).transpose()
 }
 
 /// Merges one LoRA into tensors in memory (canonical names) and returns how many changed. In compatibility mode a file

@@ -13,6 +13,7 @@ mod pickle;
 mod shards;
 mod source;
 mod torch;
+mod values;
 
 pub use dit::{
     check_precision, checkpoint_dtype, compact, load_dit, load_dit_by_block, DitTable, Fp8, LoadOptions, Progress,
@@ -20,3 +21,4 @@ pub use dit::{
 pub use keyed::{clip_name, vae_name, Keyed};
 pub use merge::{merge_into, merge_map, LoraMerge};
 pub use source::Source;
+pub use values::DitValues;

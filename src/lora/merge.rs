@@ -1,10 +1,10 @@
 //! Sums: several LoRAs as one, or LoRAs added to a DiT.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use safetensors::Dtype;
 use wan_models::keys;
 
@@ -12,7 +12,7 @@ use super::low_rank::{factors, module_out, reduce_matrix, reduce_product, Cut, L
 use crate::checkpoint::{LoraFile, ModuleOut};
 use crate::error::UserError;
 use crate::fsio::{self, TensorOut, TensorSpec};
-use crate::loader::{merge_into, LoraMerge, Source};
+use crate::loader::{merge_into, DitValues, LoraMerge, Source};
 use crate::report::{Progress, Work};
 
 /// A sum of LoRAs.
@@ -96,39 +96,44 @@ fn other_shapes(name: &str, merges: &[LoraMerge]) -> anyhow::Error {
         .into()
 }
 
-/// Adds LoRAs to a DiT, tensor by tensor, into a new file. What no LoRA touches is copied byte for byte; sums are formed
-/// in fp32 and rounded once, to the tensor's dtype. Keys stay as the file has them.
+/// Adds LoRAs to a DiT, tensor by tensor, into a new file; sums are formed in fp32 and rounded once, to the tensor's dtype.
+/// What no LoRA touches is copied byte for byte, and keys stay as the file has them. An fp8 model comes out in 16 bits as a
+/// whole, since fp8 would lose most of what is added: its matrices in `precision` (by itself the file's 16-bit dtype), its
+/// scales left out.
 ///
-/// Returns how many tensors changed. Errors: a target that the DiT lacks, an fp8 model, the disk.
-pub fn into_dit(dit: &Source, merges: &[LoraMerge], output: &Path, progress: &dyn Progress) -> Result<usize> {
-    let raw: Vec<String> = dit.keys().map(str::to_owned).collect();
-    let canonical: BTreeMap<&str, String> =
-        raw.iter().filter_map(|k| Some((k.as_str(), keys::canonical(k)?))).collect();
-    let names: BTreeSet<&str> = canonical.values().map(String::as_str).collect();
-    if names.is_empty() {
-        return Err(UserError::new(format!("{} is no Wan DiT: none of its tensors is known", dit.path().display()))
-            .hint("give the model to merge into with --dit")
-            .into());
+/// Returns how many tensors changed. Errors: a target that the DiT lacks, a model that cannot be read, `precision` for a
+/// model that is not fp8, sums that are not finite, the disk.
+pub fn into_dit(
+    dit: &Source,
+    merges: &[LoraMerge],
+    output: &Path,
+    precision: Option<DType>,
+    progress: &dyn Progress,
+) -> Result<usize> {
+    let values = DitValues::new(dit)?;
+    if precision.is_some() && !values.any_fp8() {
+        let what = format!("{} is no fp8 model and keeps its own dtype", dit.path().display());
+        return Err(UserError::usage(what).hint("leave --save_precision out").into());
     }
+    let names: BTreeSet<&str> = values.names().collect();
     for merge in merges {
         merge.check(&names)?;
     }
-    let mut specs = Vec::with_capacity(raw.len());
-    for key in &raw {
-        let dtype = dit.dtype(key).unwrap_or(Dtype::F32);
-        let touched = canonical.get(key.as_str()).is_some_and(|name| merges.iter().any(|m| m.touches(name)));
-        if touched && !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            return Err(UserError::new(format!(
-                "{} cannot be merged into: {key} is stored as {dtype:?}, which would lose what is added",
-                dit.path().display()
-            ))
-            .hint("use the fp16 or bf16 file of this model")
-            .into());
-        }
-        specs.push(TensorSpec { name: key.clone(), dtype, shape: dit.shape(key).unwrap_or_default().to_vec() });
+    let wide = precision.unwrap_or_else(|| values.half());
+    let mut specs = Vec::new();
+    for key in dit.keys().filter(|key| !values.is_about_fp8(key)) {
+        let dtype = match keys::canonical(key).is_some_and(|name| values.is_fp8(&name)) {
+            true => stored_as(wide),
+            false => dit.dtype(key).unwrap_or(Dtype::F32),
+        };
+        specs.push(TensorSpec { name: key.to_owned(), dtype, shape: dit.shape(key).unwrap_or_default().to_vec() });
     }
-    fsio::require_space(output, dit.total_bytes(), "the merged model")?;
+    let bytes = specs.iter().map(|s| s.bytes() as u64).sum();
+    fsio::require_space(output, bytes, &format!("the merged model {}", output.display()))?;
     let mut metadata = dit.metadata().clone();
+    if values.any_fp8() {
+        metadata.remove(QUANTIZATION);
+    }
     let record: Vec<serde_json::Value> = merges
         .iter()
         .map(|m| {
@@ -141,24 +146,34 @@ pub fn into_dit(dit: &Source, merges: &[LoraMerge], output: &Path, progress: &dy
     let mut changed = 0;
     fsio::write_streamed(output, specs, &metadata, &mut |spec| {
         task.advance(1, &spec.name);
-        let Some(name) = canonical.get(spec.name.as_str()).filter(|n| merges.iter().any(|m| m.touches(n))) else {
+        let Some(name) = keys::canonical(&spec.name) else { return dit.bytes(&spec.name) };
+        let (fp8, touched) = (values.is_fp8(&name), merges.iter().any(|m| m.touches(&name)));
+        if !fp8 && !touched {
             return dit.bytes(&spec.name);
-        };
-        let base = dit.read(&spec.name, &Device::Cpu)?;
-        match merge_into(&base, name, merges)? {
-            None => dit.bytes(&spec.name),
-            Some(sum) => {
-                if !sum.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-                    return Err(UserError::new(format!("{name} would not be finite after the merge"))
-                        .hint("lower --weights, or use the bf16 file of this model")
-                        .into());
-                }
-                changed += 1;
-                Ok(TensorOut::of(&spec.name, &sum)?.data.into_owned())
-            }
         }
+        let base = values.read(&name)?;
+        let sum = merge_into(&base, &name, merges)?.unwrap_or(base);
+        let sum = if fp8 { sum.to_dtype(wide)? } else { sum };
+        if !sum.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Err(UserError::new(format!("{name} would not be finite in the merged model"))
+                .hint("lower --weights, or use the bf16 file of this model")
+                .into());
+        }
+        changed += usize::from(touched);
+        Ok(TensorOut::of(&spec.name, &sum)?.data.into_owned())
     })?;
     Ok(changed)
+}
+
+/// What newer ComfyUI files say in their header about quantised layers.
+const QUANTIZATION: &str = "_quantization_metadata";
+
+fn stored_as(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F16 => Dtype::F16,
+        DType::F32 => Dtype::F32,
+        _ => Dtype::BF16,
+    }
 }
 
 /// Opens the files with their strengths; one weight for all, or one each.

@@ -394,9 +394,9 @@ fn loras_are_merged_before_quantisation() {
     let (q, s) = &values["blocks.1.ffn.2.weight"];
     let got = dense(&blocks[1].ffn_2.weight).to_dtype(DType::F32).unwrap().flatten_all().unwrap();
     for ((c, d), g) in q.iter().zip(delta.to_vec1::<f32>().unwrap()).zip(got.to_vec1::<f32>().unwrap()) {
-        let base = half::bf16::from_f32(wan_kernels::fp8::codec::decode(*c) * s).to_f32();
-        let want = base + 0.8 * d;
-        assert!((g - want).abs() <= want.abs() / 128.0 + 1e-6, "{g} {want}");
+        // One rounding to bf16, behind the sum.
+        let want = wan_kernels::fp8::codec::decode(*c) * s + 0.8 * d;
+        assert!((g - want).abs() <= want.abs() * 1.01 / 256.0 + 1e-9, "{g} {want}");
     }
 }
 

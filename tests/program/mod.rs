@@ -4,6 +4,7 @@ mod check;
 mod compat;
 mod demo;
 mod lora;
+mod lora_fp8;
 mod mistakes;
 mod musubi;
 mod pair;
