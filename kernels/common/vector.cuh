@@ -33,17 +33,10 @@ __device__ __forceinline__ void store1(Out t, long at, float v) {
   else static_cast<__half *>(t.data)[at] = __float2half_rn(v);
 }
 
-// `at` is a multiple of 8, the tensor aligned to 16 bytes.
-__device__ __forceinline__ void load8(In t, long at, float (&v)[8]) {
-  if (t.dtype == kF32) {
-    const float4 *p = reinterpret_cast<const float4 *>(static_cast<const float *>(t.data) + at);
-    const float4 a = p[0], b = p[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    return;
-  }
-  const uint4 raw = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(t.data) + at);
+// Eight 16-bit values as they lie in memory.
+__device__ __forceinline__ void unpack8(const uint4 &raw, int dtype, float (&v)[8]) {
   const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-  if (t.dtype == kBF16) {
+  if (dtype == kBF16) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[2 * i] = __uint_as_float(w[i] << 16);
@@ -56,6 +49,17 @@ __device__ __forceinline__ void load8(In t, long at, float (&v)[8]) {
       v[2 * i] = f.x, v[2 * i + 1] = f.y;
     }
   }
+}
+
+__device__ __forceinline__ void load8(const float *p, float (&v)[8]) {
+  const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+// `at` is a multiple of 8, the tensor aligned to 16 bytes.
+__device__ __forceinline__ void load8(In t, long at, float (&v)[8]) {
+  if (t.dtype == kF32) return load8(static_cast<const float *>(t.data) + at, v);
+  unpack8(*reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(t.data) + at), t.dtype, v);
 }
 
 __device__ __forceinline__ void store8(Out t, long at, const float (&v)[8]) {
@@ -111,6 +115,66 @@ template <int N, int THREADS, typename F> __device__ __forceinline__ void block_
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) v[i] += shared[i * kWarps + w];
   }
+}
+
+// A row of `width` values (a multiple of 8) for a block: eight side by side a thread and trip, zeros behind the end. All
+// loads are issued before any value is used.
+template <int TRIPS>
+__device__ __forceinline__ void load_row(In x, long first, int width, float (&v)[TRIPS][8]) {
+  if (x.dtype == kF32) {
+#pragma unroll
+    for (int trip = 0; trip < TRIPS; ++trip) {
+      const int at = (trip * blockDim.x + threadIdx.x) * 8;
+      load8(static_cast<const float *>(x.data) + first + (at < width ? at : 0), v[trip]);
+    }
+  } else {
+    uint4 raw[TRIPS];
+#pragma unroll
+    for (int trip = 0; trip < TRIPS; ++trip) {
+      const int at = (trip * blockDim.x + threadIdx.x) * 8;
+      raw[trip] = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(x.data) + first + (at < width ? at : 0));
+    }
+#pragma unroll
+    for (int trip = 0; trip < TRIPS; ++trip) unpack8(raw[trip], x.dtype, v[trip]);
+  }
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip)
+    if ((trip * blockDim.x + threadIdx.x) * 8 >= width)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[trip][i] = 0.f;
+}
+
+// Those values times a vector of the row's width.
+template <int TRIPS> __device__ __forceinline__ void times_row(const float *factors, int width, float (&v)[TRIPS][8]) {
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip) {
+    const int at = (trip * blockDim.x + threadIdx.x) * 8;
+    float f[8];
+    load8(factors + (at < width ? at : 0), f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[trip][i] = __fmul_rn(v[trip][i], f[i]);
+  }
+}
+
+// The larger magnitude; NaN of either wins.
+__device__ __forceinline__ float larger(float top, float v) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(top) : "f"(fabsf(v)));
+  return top;
+}
+
+// The largest magnitude over a block of whole warps, given to every thread. `shared` holds 32 values. Magnitudes are
+// ordered like their bits, NaN above all.
+template <int TRIPS> __device__ __forceinline__ float row_top(const float (&v)[TRIPS][8], uint32_t *shared) {
+  float top = 0.f;
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = larger(top, v[trip][i]);
+  uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(top));
+  const int warps = blockDim.x / 32, lane = threadIdx.x & 31;
+  if (lane == 0) shared[threadIdx.x / 32] = bits;
+  __syncthreads();
+  return __uint_as_float(__reduce_max_sync(~0u, lane < warps ? shared[lane] : 0u));
 }
 
 } // namespace wan

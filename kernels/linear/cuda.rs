@@ -161,7 +161,8 @@ pub(super) fn eight(
         Arg::ptr(left_scales.address),
         Arg::i32(inner),
     ];
-    gpu.launch(FILE, "eight_rows", Launch::blocks((rows, 1, 1), 256), &args)?;
+    let (trips, threads) = row_launch(inner);
+    gpu.launch(FILE, &format!("eight_rows_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
 
     let result = result_dtype(compute, out);
     let mut shape = left.dims().to_vec();
@@ -195,6 +196,16 @@ pub(super) fn eight(
         gpu.launch(FILE, "eight_scale", Launch::over(rows * columns, 8), &args)?;
     }
     cast(gpu, op, &y, out)
+}
+
+/// Trips and threads of a block that keeps a row of `width` values in registers, eight a thread and trip (`vector.cuh`):
+/// five or six trips, whichever leaves fewer threads idle, of 320 threads at most. On an H200, rows of 13824 take 0.24 ms so, 0.33 with four trips
+/// of larger blocks, which wait for one another at the maximum.
+pub(crate) fn row_launch(width: usize) -> (usize, u32) {
+    let eights = width.div_ceil(8);
+    let threads = |trips: usize| eights.div_ceil(trips).next_multiple_of(32);
+    let trips = if threads(5) <= 320 && 5 * threads(5) < 6 * threads(6) { 5 } else { 6 };
+    (trips, threads(trips) as u32)
 }
 
 /// What cublasLt can write from operands of `compute`: the same dtype or fp32.

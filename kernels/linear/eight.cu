@@ -11,17 +11,6 @@
 
 namespace wan {
 
-__device__ __forceinline__ float block_max_256(float top, float *shared) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
-  if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = top;
-  __syncthreads();
-  top = shared[0];
-#pragma unroll
-  for (int w = 1; w < 8; ++w) top = fmaxf(top, shared[w]);
-  return top;
-}
-
 // Codes of two values, the first in the low byte; beyond 448 the largest code. Cards without fp8 never multiply with
 // these, but the kernels are compiled for them too.
 __device__ __forceinline__ uint32_t coded2(float a, float b) {
@@ -34,50 +23,46 @@ __device__ __forceinline__ uint32_t coded2(float a, float b) {
 #endif
 }
 
-// A row of zeros keeps a scale that can be divided by.
-__device__ __forceinline__ float scale_of(float top) { return fmaxf(__fdiv_rn(top, 448.f), 1e-30f); }
+// A row of zeros keeps a scale that can be divided by; NaN stays NaN.
+__device__ __forceinline__ float scale_of(float top) {
+  const float s = __fdiv_rn(top, 448.f);
+  return s < 1e-30f ? 1e-30f : s;
+}
+
+// Eight values a thread and trip, side by side, kept between the pass for the maximum and the one that rounds: a row is
+// read once. `columns` may be null. NaN anywhere makes the scale NaN, and with it the whole row of the product.
+template <int TRIPS>
+__device__ __forceinline__ void round_row(In x, const float *columns, uint8_t *codes, float *scale, int width) {
+  __shared__ uint32_t shared[32];
+  const long first = static_cast<long>(blockIdx.x) * width;
+  float v[TRIPS][8];
+  load_row(x, first, width, v);
+  if (columns) times_row(columns, width, v);
+  const float s = scale_of(row_top(v, shared));
+  const float inverse = __frcp_rn(s);
+  if (threadIdx.x == 0) scale[blockIdx.x] = s;
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip) {
+    const int at = (trip * blockDim.x + threadIdx.x) * 8;
+    if (at >= width) continue;
+    uint32_t packed[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2)
+      packed[i / 4] |= coded2(__fmul_rn(v[trip][i], inverse), __fmul_rn(v[trip][i + 1], inverse)) << (i % 4 * 8);
+    *reinterpret_cast<uint2 *>(codes + first + at) = make_uint2(packed[0], packed[1]);
+  }
+}
 
 } // namespace wan
 
-// One block of 256 threads a row of `width` values (a multiple of 16); `columns` may be null. NaN anywhere makes the
-// scale NaN, and with it the whole row of the product.
-extern "C" __global__ void __launch_bounds__(256)
-    eight_rows(wan::In x, const float *columns, uint8_t *codes, float *scale, int width) {
-  __shared__ float shared[8];
-  const long first = static_cast<long>(blockIdx.x) * width;
-  float top = 0.f;
-  bool bad = false;
-  for (int at = threadIdx.x * 16; at < width; at += 256 * 16) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float v[8];
-      wan::load8(x, first + at + half * 8, v);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float w = columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i];
-        bad |= w != w;
-        top = fmaxf(top, fabsf(w));
-      }
-    }
+// One block a row of `width` values (a multiple of 16), of as many threads as its trips ask for.
+#define EIGHT_ROWS(TRIPS)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(320)                                                                    \
+      eight_rows_##TRIPS(wan::In x, const float *columns, uint8_t *codes, float *scale, int width) {                   \
+    wan::round_row<TRIPS>(x, columns, codes, scale, width);                                                            \
   }
-  bad = __syncthreads_or(bad);
-  const float s = wan::scale_of(wan::block_max_256(top, shared));
-  const float inverse = __frcp_rn(s);
-  if (threadIdx.x == 0) scale[blockIdx.x] = bad ? __uint_as_float(0x7fc00000u) : s;
-  for (int at = threadIdx.x * 16; at < width; at += 256 * 16) {
-    uint32_t packed[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float v[8];
-      wan::load8(x, first + at + half * 8, v);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(columns ? __fmul_rn(v[i], columns[at + half * 8 + i]) : v[i], inverse);
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) packed[half * 2 + i / 4] |= wan::coded2(v[i], v[i + 1]) << (i % 4 * 8);
-    }
-    *reinterpret_cast<uint4 *>(codes + first + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-  }
-}
+EIGHT_ROWS(5)
+EIGHT_ROWS(6)
 
 // The scale of each weight row: one warp a row of `groups` block scales, rows `step` apart.
 extern "C" __global__ void __launch_bounds__(256) eight_weight_scales(wan::In scale, float *rows, int count, int groups, int step) {

@@ -38,11 +38,15 @@ pub struct LinearEightBackwardArgs<'a> {
 /// What tensor cores and 16-byte loads ask of both axes of a weight.
 const MULTIPLE: usize = 16;
 
-/// Whether a weight can take part: both axes and the groups of its scales are multiples of 16.
+/// The widest row that a block keeps in registers: six trips of 320 threads with eight values each.
+pub(crate) const WIDEST: usize = 15360;
+
+/// Whether a weight can take part: both axes and the groups of its scales are multiples of 16, and no axis is beyond
+/// what one block rounds.
 pub fn takes(weight: &fp8::Weight) -> bool {
     let [o, i] = weight.shape();
     let group = o * i / weight.scale().elem_count();
-    [o, i, group].iter().all(|n| n % MULTIPLE == 0) && (group == o * i || i % group == 0)
+    [o, i, group].iter().all(|n| n % MULTIPLE == 0) && o.max(i) <= WIDEST && (group == o * i || i % group == 0)
 }
 
 impl Op for LinearEight {
