@@ -130,7 +130,7 @@ fn log_steps(log: &mut RunLog, steps: std::ops::RangeInclusive<u64>) {
     for step in steps {
         let loss = 1.0 / step as f64;
         let lr = [("unet", 1e-4), ("unet plus", 4e-4)];
-        let extra = [("grad_norm", 0.5)];
+        let extra = [("grad_norm", 0.5), ("loss/low", loss)];
         log.step(&StepLog {
             step,
             epoch: 1,
@@ -163,11 +163,17 @@ fn tensorboard_files_carry_the_old_tags_and_right_checksums() {
     assert_eq!(found[1].texts["config"], "```\ndim = 8\n```");
     let second = &found[3];
     assert_eq!(second.step, 2);
-    let expected: BTreeMap<String, f32> =
-        [("loss/current", 0.5), ("loss/average", 0.25), ("lr/unet", 1e-4), ("lr/unet plus", 4e-4), ("grad_norm", 0.5)]
-            .into_iter()
-            .map(|(tag, v)| (tag.to_string(), v))
-            .collect();
+    let expected: BTreeMap<String, f32> = [
+        ("loss/current", 0.5),
+        ("loss/average", 0.25),
+        ("lr/unet", 1e-4),
+        ("lr/unet plus", 4e-4),
+        ("grad_norm", 0.5),
+        ("loss/low", 0.5),
+    ]
+    .into_iter()
+    .map(|(tag, v)| (tag.to_string(), v))
+    .collect();
     assert_eq!(second.scalars, expected);
     assert_eq!(found[5].scalars, BTreeMap::from([("loss/epoch".to_string(), 0.625)]));
     assert_eq!(found.len(), 6);
@@ -210,7 +216,14 @@ fn a_resumed_log_goes_on_where_the_checkpoint_was() {
         .collect();
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
     let points = wan_train::report::runlog::read_points(&lines).unwrap();
-    let want = Point { step: 2, loss: 0.5, lr: 1e-4, grad_norm: 0.5, samples: vec![(875.25, 0.5)] };
+    let want = Point {
+        step: 2,
+        loss: 0.5,
+        experts: [None, Some(0.5)],
+        lr: 1e-4,
+        grad_norm: 0.5,
+        samples: vec![(875.25, 0.5)],
+    };
     assert_eq!(points[1], want);
     let restart: Vec<u64> = events_in(&events).iter().filter(|e| e.session_start).map(|e| e.step).collect();
     assert_eq!(restart, [4]);
@@ -297,7 +310,7 @@ fn a_report_is_a_page_that_stands_alone() {
         .into_iter()
         .map(|(step, loss)| {
             let t = (step * 37 % 1000) as f64;
-            Point { step, loss, lr: 1e-4 / step as f64, grad_norm: 0.5, samples: vec![(t, loss)] }
+            Point { step, loss, lr: 1e-4 / step as f64, grad_norm: 0.5, samples: vec![(t, loss)], ..Point::default() }
         })
         .collect();
     let mut report = RunReport {
@@ -339,6 +352,14 @@ fn a_report_is_a_page_that_stands_alone() {
         }
     }
     assert!(html.len() < 200_000, "{} bytes", html.len());
+    // Two experts under one adapter: a curve for each.
+    for (i, point) in report.points.iter_mut().enumerate() {
+        point.experts[usize::from(i % 3 > 0)] = Some(point.loss);
+    }
+    write_report(&path, &report).unwrap();
+    let both = fs::read_to_string(&path).unwrap();
+    assert!(both.contains("Loss, high noise") && both.contains("Loss, low noise") && !html.contains("Loss, high"));
+    assert_eq!(both.matches("<polyline").count(), 9);
     // Runs that went wrong, or have not begun.
     report.points = vec![Point { step: 1, loss: f64::NAN, ..Point::default() }];
     report.points.push(Point {
@@ -347,6 +368,7 @@ fn a_report_is_a_page_that_stands_alone() {
         lr: f64::NAN,
         grad_norm: f64::INFINITY,
         samples: vec![(f64::NAN, 1.0)],
+        ..Point::default()
     });
     write_report(&path, &report).unwrap();
     let html = fs::read_to_string(&path).unwrap();

@@ -28,7 +28,7 @@ pub struct RunFacts {
     pub seed: u64,
     /// `adamw8bit(weight_decay=0.01)` and the like.
     pub optimizer: String,
-    /// `high_noise` or `low_noise` where one expert of two was trained.
+    /// `high_noise` or `low_noise` where one expert of two was trained, `both` where one adapter was over both.
     pub expert: Option<String>,
     /// One JSON object a dataset: resolution, repeats, directories (base names), frame extraction.
     pub datasets: Vec<Value>,
@@ -111,6 +111,10 @@ pub fn build(cfg: &RunConfig, run: &RunFacts, now: &Moment) -> BTreeMap<String, 
         put("max_timestep", integer(&cfg.max_timestep));
         if let Some(expert) = &run.expert {
             put("expert", expert.clone());
+        }
+        if cfg.is_shared() {
+            put("sd_model_name_high_noise", base_name(cfg.dit_high_noise.as_deref()));
+            put("timestep_boundary", number(&cfg.boundary()));
         }
         put("program", format!("wan-train {}", env!("CARGO_PKG_VERSION")));
     }

@@ -243,7 +243,7 @@ mod on_card {
         let streamed = residency(&planned).streamed(arch.num_layers);
         let source = Source::open(&path)?;
         let opened = clock.elapsed();
-        let weights = weights::load(job, &job.config, &source, exec.device(), &streamed)?;
+        let weights = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &streamed)?;
         gpu.synchronize()?;
         let loaded = clock.elapsed();
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, 2)?;
@@ -391,7 +391,8 @@ mod on_card {
             shape: super::latent([w, h, f]),
             text: arch.text_dim,
         };
-        let parts = Parts { exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &items };
+        let models = Models::one(&model, &residency);
+        let parts = Parts { exec, models, save_plan: &save_plan, items: &items };
         let trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null);
         let mut trainer = trainer.map_err(explain)?;
         gpu.synchronize()?;

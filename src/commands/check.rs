@@ -13,12 +13,13 @@ use super::job::Job;
 use super::pair::Runs;
 use super::{plan, weights};
 use crate::cache::{BucketKey, CacheReport};
+use crate::config::SHARED;
 use crate::data::{self, repair, Verdict};
 use crate::error::UserError;
 use crate::fsio;
 use crate::loader::Source;
 use crate::report::{progress, Table};
-use crate::train::TrainSettings;
+use crate::train::{Expert, TrainSettings};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -31,13 +32,13 @@ pub fn run(runs: &Runs, fix: bool) -> anyhow::Result<ExitCode> {
     let mut sources = Vec::new();
     for job in runs.jobs() {
         sources.push(models(job, &mut faults));
-        faults.catch(weights::check_save_merged(&job.config).map_err(Into::into));
+        faults.catch(weights::check_save_merged(job).map_err(Into::into));
         faults.catch(output_place(job));
     }
     if let Some(buckets) = faults.catch(Prepared::new(job, false)).and_then(|p| dataset(job, &p, &mut faults)) {
         for (job, source) in runs.jobs().iter().zip(&sources) {
             if let Some(settings) = faults.catch(settings(job)) {
-                faults.catch(cost(job, &settings, &buckets, source.as_ref()));
+                faults.catch(cost(job, &settings, &buckets, source));
             }
         }
     } else {
@@ -86,14 +87,17 @@ fn settings(job: &Job) -> anyhow::Result<TrainSettings> {
 }
 
 /// The model files: there, readable by their headers, and of the right task.
-fn models(job: &Job, faults: &mut Faults) -> Option<Source> {
+fn models(job: &Job, faults: &mut Faults) -> Vec<Source> {
     let c = &job.config;
-    let level = c.noise_level.as_ref().map_or(String::new(), |level| format!(" ({level} noise)"));
     let mut table = Table::new(["model file", "path", "size"]);
-    let dit = faults.catch(weights::open_dit(job));
-    if let Some(dit) = &dit {
-        let path = dit.path().display().to_string();
-        table.row([format!("DiT{level}"), path, fsio::human(dit.total_bytes())]);
+    let mut opened = Vec::new();
+    for dit in job.dits() {
+        let Some(source) = faults.catch(weights::open_dit(job, &dit)) else { continue };
+        let level = dit.expert.map(Expert::name).or(c.noise_level.as_deref());
+        let level = level.map_or(String::new(), |level| format!(" ({level} noise)"));
+        let path = source.path().display().to_string();
+        table.row([format!("DiT{level}"), path, fsio::human(source.total_bytes())]);
+        opened.push(source);
     }
     let (_, clip) = job.conditions();
     let others = [("vae", Role::Vae, &c.vae, true), ("t5", Role::T5, &c.t5, true), ("clip", Role::Clip, &c.clip, clip)];
@@ -107,23 +111,23 @@ fn models(job: &Job, faults: &mut Faults) -> Option<Source> {
             ]);
         }
     }
-    for file in c.base_weights.iter().filter(|file| Path::new(file).is_file()) {
-        table.row([
-            "merged LoRA".to_owned(),
-            file.clone(),
-            fsio::human(std::fs::metadata(file).map_or(0, |m| m.len())),
-        ]);
-    }
-    // A Lightning LoRA that is missing will be downloaded.
-    if weights::lightning_to_fetch(job).is_none() {
-        faults.catch(weights::check_merges(job, c));
-    } else {
-        table.row(["merged LoRA", "will be downloaded", ""]);
+    for dit in job.dits() {
+        let what = dit.expert.map_or("merged LoRA".into(), |expert| format!("merged LoRA ({} noise)", expert.name()));
+        for file in dit.merges.iter().filter(|file| Path::new(file).is_file()) {
+            let size = fsio::human(std::fs::metadata(file).map_or(0, |m| m.len()));
+            table.row([what.clone(), file.clone(), size]);
+        }
+        // A Lightning LoRA that is missing will be downloaded.
+        if weights::lightning_to_fetch(job, &dit).is_none() {
+            faults.catch(weights::check_merges(job, &dit));
+        } else {
+            table.row([what, "will be downloaded".into(), String::new()]);
+        }
     }
     if !table.is_empty() {
         println!("{}", table.render());
     }
-    dit
+    opened
 }
 
 /// Whether checkpoints can be written, without making anything.
@@ -208,12 +212,14 @@ fn tokens(job: &Job, key: BucketKey) -> usize {
 }
 
 /// The buckets with what a step of each takes, and the whole run.
-fn cost(job: &Job, settings: &TrainSettings, buckets: &[Bucket], source: Option<&Source>) -> anyhow::Result<()> {
+fn cost(job: &Job, settings: &TrainSettings, buckets: &[Bucket], sources: &[Source]) -> anyhow::Result<()> {
     let sizes: Vec<_> = buckets.iter().map(|b| (b.key, b.batch.min(b.samples()))).collect();
-    let forecast = plan::forecast(job, settings, &sizes, source);
+    let forecast = plan::forecast(job, settings, &sizes, sources);
     let seconds = |i: usize| forecast.as_ref().ok().and_then(|f| Some(f.as_ref()?.seconds[i]));
-    if let Some(level) = &job.config.noise_level {
-        println!("{level} noise:");
+    match job.config.noise_level.as_deref() {
+        Some(SHARED) => println!("one LoRA over both experts:"),
+        Some(level) => println!("{level} noise:"),
+        None => {}
     }
     let mut table =
         Table::new(["dataset", "size", "frames", "items", "repeats", "batches", "tokens", "s/step (predicted)"]);

@@ -25,9 +25,13 @@ pub fn prepare(job: &Job) -> anyhow::Result<()> {
         let ours = matches!(job.resolved.origin.get(option), Some(Layer::Template(_)));
         path.clone().filter(|p| ours && !p.exists())
     };
-    if let Some(path) = missing("dit", &c.dit) {
-        job.progress.say("making the demo's models: small, of random weights");
-        write(&path, cast_all(&random_weights(&job.model.arch, SEED)?, DType::BF16)?)?;
+    // Two experts, where a recipe has two, are two models.
+    let high = SEED + u64::from(c.noise_level.as_deref() == Some("high"));
+    for (option, path, seed) in [("dit", &c.dit, high), ("dit_high_noise", &c.dit_high_noise, SEED + 1)] {
+        if let Some(path) = missing(option, path) {
+            job.progress.say("making the demo's models: small, of random weights");
+            write(&path, cast_all(&random_weights(&job.model.arch, seed)?, DType::BF16)?)?;
+        }
     }
     if let Some(path) = missing("vae", &c.vae) {
         let small = VaeArch { base_dim: 8, dec_dim: 8, ..VaeArch::wan21() };

@@ -9,11 +9,37 @@ use wan_kernels::Exec;
 use wan_models::arch::{ModelConfig, Role};
 
 use super::demo;
-use crate::config::{registry, Resolved, RunConfig};
+use crate::config::{merged_name, registry, Resolved, RunConfig, SHARED};
 use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
 use crate::error::UserError;
 use crate::hub;
 use crate::report::{self, Progress};
+use crate::train::Expert;
+
+/// A frozen DiT that a run trains on, before it is opened.
+#[derive(Debug, Clone)]
+pub struct Dit {
+    /// Whose it is, where one LoRA is trained over both experts.
+    pub expert: Option<Expert>,
+    /// The option that names its file.
+    pub option: &'static str,
+    pub role: Role,
+    pub path: Option<PathBuf>,
+    /// LoRAs that are merged into it, and the option that names those.
+    pub merges: Vec<String>,
+    pub merges_option: &'static str,
+    /// The Lightning LoRA that belongs to it.
+    pub lightning: Option<Role>,
+    /// Where it goes with its LoRAs merged.
+    pub save_merged: Option<PathBuf>,
+}
+
+impl Dit {
+    /// How messages call it.
+    pub fn name(&self) -> String {
+        self.expert.map_or_else(|| "DiT".into(), |expert| format!("{}-noise DiT", expert.name()))
+    }
+}
 
 /// A resolved run and the services its stages share.
 pub struct Job {
@@ -142,23 +168,46 @@ impl Job {
         Err(UserError::new(what).hint(hub::where_to_get(&self.model, role)).into())
     }
 
-    /// The DiT's role in the hub manifest: one of the two experts, or the only model.
-    pub fn dit_role(&self) -> Role {
-        match self.config.noise_level.as_deref() {
-            Some("high") => Role::DitHigh,
-            Some("low") => Role::DitLow,
-            _ if self.model.experts.is_some() => Role::DitLow,
-            _ => Role::Dit,
+    /// The frozen models of the run: the only one, or where one LoRA is trained over both, the low expert and then the
+    /// high one.
+    pub fn dits(&self) -> Vec<Dit> {
+        let c = &self.config;
+        let (role, lightning) = match c.noise_level.as_deref() {
+            Some("high") => (Role::DitHigh, Some(Role::LightningHigh)),
+            Some("low" | SHARED) => (Role::DitLow, Some(Role::LightningLow)),
+            _ if self.model.experts.is_some() => (Role::DitLow, None),
+            _ => (Role::Dit, None),
+        };
+        let shared = c.is_shared();
+        let merged = |level: &str| {
+            c.save_merged.as_deref().map(|path| if shared { merged_name(path, level) } else { path.to_path_buf() })
+        };
+        let low = Dit {
+            expert: shared.then_some(Expert::Low),
+            option: "dit",
+            role,
+            path: c.dit.clone(),
+            merges: c.base_weights.clone(),
+            merges_option: "base_weights",
+            lightning,
+            save_merged: merged("low"),
+        };
+        if !shared {
+            return vec![low];
         }
-    }
-
-    /// The Lightning LoRA that belongs to the chosen expert.
-    pub fn model_lightning(&self) -> Option<Role> {
-        match self.config.noise_level.as_deref() {
-            Some("high") => Some(Role::LightningHigh),
-            Some("low") => Some(Role::LightningLow),
-            _ => None,
-        }
+        let own = c.base_weights_high_noise.clone();
+        let high = Dit {
+            expert: Some(Expert::High),
+            option: "dit_high_noise",
+            role: Role::DitHigh,
+            path: c.dit_high_noise.clone(),
+            merges_option: if own.is_some() { "base_weights_high_noise" } else { "base_weights" },
+            // The old tool merges into the low expert alone.
+            merges: own.unwrap_or_else(|| if c.musubi_compat { Vec::new() } else { c.base_weights.clone() }),
+            lightning: Some(Role::LightningHigh),
+            save_merged: merged("high"),
+        };
+        vec![low, high]
     }
 
     /// Whether latents need a first-frame condition, and CLIP features.

@@ -67,12 +67,12 @@ impl Runs {
             pair.check_job(self.first())?;
         }
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
-            weights::check_save_merged(&job.config)?;
+            weights::check_save_merged(job)?;
             let seed = job.config.seed.unwrap_or_default();
             TrainSettings::from_config(&job.config, &job.model, seed)?;
-            weights::open_dit(job)?;
+            weights::open_dits(job)?;
             weights::fetch_lightning(job)?;
-            weights::check_merges(job, &job.config)?;
+            job.dits().iter().try_for_each(|dit| weights::check_merges(job, dit))?;
         }
         Ok(())
     }

@@ -32,14 +32,14 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
         }
     };
     // Without the file the published 16-bit checkpoints are assumed.
-    let source = weights::open_dit(job).ok();
+    let sources: Vec<Source> = job.dits().iter().filter_map(|dit| weights::open_dit(job, dit).ok()).collect();
     let plan = planned(
         job,
         &job.config,
         &settings,
         &Room::asked(&job.config, &job.config.device, || job.exec())?,
         (bucket, batch),
-        source.as_ref(),
+        &sources,
     )?;
     println!("{}", plan.table());
     Ok(ExitCode::SUCCESS)
@@ -53,10 +53,10 @@ pub fn for_training(
     settings: &TrainSettings,
     exec: &Exec,
     index: &CacheIndex,
-    source: &Source,
+    sources: &[Source],
 ) -> anyhow::Result<Planned> {
     let buckets = index.buckets.iter().map(|b| (b.key, b.batch_size.min(b.entries.len())));
-    planned(job, config, settings, &Room::on(exec, config.vram_budget)?, largest(buckets)?, Some(source))
+    planned(job, config, settings, &Room::on(exec, config.vram_budget)?, largest(buckets)?, sources)
 }
 
 /// A plan that fits, and for what.
@@ -214,7 +214,7 @@ pub fn forecast(
     job: &Job,
     settings: &TrainSettings,
     buckets: &[(BucketKey, usize)],
-    source: Option<&Source>,
+    sources: &[Source],
 ) -> anyhow::Result<Option<Forecast>> {
     if job.config.device == "cpu" || job.config.task == super::demo::TASK {
         return Ok(None);
@@ -222,9 +222,9 @@ pub fn forecast(
     let exec = job.exec().unwrap_or_else(|_| Exec::cpu());
     let assumed = exec.device().is_cpu();
     let room = Room::asked(&job.config, "cuda", || Ok(exec.clone()))?;
-    let plan = planned(job, &job.config, settings, &room, largest(buckets.iter().copied())?, source)?.plan;
+    let plan = planned(job, &job.config, settings, &room, largest(buckets.iter().copied())?, sources)?.plan;
     let seconds = |&(bucket, batch): &(BucketKey, usize)| {
-        let work = work(job, &job.config, settings, &room, bucket, batch, source)?;
+        let work = work(job, &job.config, settings, &room, bucket, batch, sources)?;
         Ok(plan::predict(&work, &room.rates, &plan.arrangement))
     };
     let seconds = buckets.iter().map(seconds).collect::<anyhow::Result<_>>()?;
@@ -238,15 +238,15 @@ fn work(
     room: &Room,
     bucket: BucketKey,
     batch: usize,
-    source: Option<&Source>,
+    sources: &[Source],
 ) -> anyhow::Result<plan::Job> {
     let geometry = geometry(job);
     let [_, f, h, w] = geometry.shape((bucket.width as u32, bucket.height as u32), bucket.frames);
     let shape = RunShape {
         target: room.target,
-        checkpoint_bytes: match source.and_then(checkpoint_dtype) {
-            Some(Dtype::F32) => 4,
-            _ => 2,
+        checkpoint_bytes: match sources.iter().any(|s| checkpoint_dtype(s) == Some(Dtype::F32)) {
+            true => 4,
+            false => 2,
         },
         latent: [f as u64, h as u64, w as u64],
         batch: batch as u64,
@@ -262,9 +262,9 @@ fn planned(
     settings: &TrainSettings,
     room: &Room,
     (bucket, batch): (BucketKey, usize),
-    source: Option<&Source>,
+    sources: &[Source],
 ) -> anyhow::Result<Planned> {
-    let work = work(job, config, settings, room, bucket, batch, source)?;
+    let work = work(job, config, settings, room, bucket, batch, sources)?;
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => Ok(Planned { plan, bucket, batch }),
         Err(shortfall) => Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))

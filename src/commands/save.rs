@@ -51,7 +51,7 @@ impl Checkpoints {
             num_batches_per_epoch: index.batches_per_epoch() as u64,
             seed: c.seed.unwrap_or_default(),
             optimizer: format!("{}({})", c.optimizer_type, c.optimizer_args.join(",")),
-            expert: c.noise_level.as_ref().map(|level| format!("{level}_noise")),
+            expert: c.expert_tag(),
             datasets: dataset.entries.iter().map(describe).collect(),
             ..RunFacts::default()
         };

@@ -61,7 +61,7 @@ fn embedded(path: &str) -> Result<&'static [u8], UserError> {
 }
 
 fn list(out: &mut impl Write) -> anyhow::Result<ExitCode> {
-    writeln!(out, "templates (wan-train show NAME [--noise_level high|low] [--json]):")?;
+    writeln!(out, "templates (wan-train show NAME [--noise_level high|low|shared] [--json]):")?;
     for name in registry::template_names() {
         let table: toml::Table = registry::template(&name)?.parse()?;
         let about = table.get("description").and_then(toml::Value::as_str).unwrap_or_default();

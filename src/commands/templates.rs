@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use crate::config::{self, has_experts, registry, RunConfig, Typed};
+use crate::config::{self, needs_level, registry, RunConfig, Typed};
 use crate::fsio;
 use crate::hub;
 use crate::report::Table;
@@ -75,7 +75,7 @@ impl Recipe {
         let mut typed = Typed::default();
         typed.flags.insert("template", vec![name.to_owned()]);
         typed.flags.insert("base_dir", vec![base_dir.to_string_lossy().into_owned()]);
-        if has_experts(name)? {
+        if needs_level(name)? {
             typed.flags.insert("noise_level", vec!["both".into()]);
         }
         let runs = config::resolve_runs(&typed, "")?;
@@ -105,8 +105,10 @@ impl Recipe {
     fn wanted(&self) -> Vec<PathBuf> {
         let mut all = Vec::new();
         for c in &self.runs {
-            let models = [&c.dit, &c.vae, &c.t5, &c.clip].into_iter().flatten().cloned();
-            for path in models.chain(c.base_weights.iter().map(PathBuf::from)) {
+            let models = [&c.dit, &c.dit_high_noise, &c.vae, &c.t5, &c.clip].into_iter().flatten().cloned();
+            for path in
+                models.chain(c.base_weights.iter().chain(c.base_weights_high_noise.iter().flatten()).map(PathBuf::from))
+            {
                 if !all.contains(&path) {
                     all.push(path);
                 }

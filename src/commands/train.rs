@@ -19,8 +19,9 @@ use crate::checkpoint::store::{newest_checkpoint, require_file};
 use crate::checkpoint::{Identity, LoraFile, TrainState};
 use crate::config::{Layer, RunConfig};
 use crate::fsio;
+use crate::loader::Source;
 use crate::residency::{Residency, ResidencySpec};
-use crate::train::{state, Outcome, Parts, TrainSettings, Trainer};
+use crate::train::{state, Frozen, Models, Outcome, Parts, TrainSettings, Trainer};
 
 pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
     let job = runs.first();
@@ -83,31 +84,36 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
         None => None,
     };
 
-    let source = weights::open_dit(job)?;
+    let (dits, sources): (Vec<_>, Vec<_>) = weights::open_dits(job)?.into_iter().unzip();
     let exec = job.exec()?;
     weights::check_fast(&config, &exec)?;
-    let plan = plan::for_training(job, &config, &settings, &exec, &index, &source)?;
+    let plan = plan::for_training(job, &config, &settings, &exec, &index, &sources)?;
     say(&plan.table());
     let streamed = plan.residency().streamed(job.model.arch.num_layers);
     let explain = |e| plan.explain(&exec, e);
-    let loaded = weights::load(job, &config, &source, exec.device(), &streamed);
-    let (rest, blocks) = loaded.map_err(explain)?;
-    if job.stopped() {
-        say("stopped before the first step: nothing was trained, nothing was written");
-        return Ok(Ended::Stopped);
-    }
-
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
-    let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
-    let (residency, note) = Residency::on(&exec, blocks, plan.residency()).map_err(explain)?;
-    note.iter().for_each(|note| say(&format!("note: {note}")));
-    let save_plan = plan.save_plan();
-    let parts = Parts { exec: &exec, model: &model, blocks: &residency, save_plan: &save_plan, items: &index };
-    let identity = Identity {
-        task: config.task.clone(),
-        base: source.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-        ..Identity::default()
+    let mut loaded = Vec::with_capacity(dits.len());
+    for of in dits.iter().zip(&sources) {
+        let (rest, blocks) = weights::load(job, &config, of, exec.device(), &streamed).map_err(explain)?;
+        let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
+        let (residency, note) = Residency::on(&exec, blocks, plan.residency()).map_err(explain)?;
+        note.iter().for_each(|note| say(&format!("note: {note}")));
+        loaded.push((model, residency));
+        if job.stopped() {
+            say("stopped before the first step: nothing was trained, nothing was written");
+            return Ok(Ended::Stopped);
+        }
+    }
+    let frozen: Vec<Frozen> = loaded.iter().map(|(model, blocks)| Frozen { model, blocks }).collect();
+    let models = match frozen[..] {
+        [low, high] => Models::Two { high, low },
+        [ref one, ..] => Models::One(*one),
+        [] => anyhow::bail!("a run without a model"),
     };
+    let save_plan = plan.save_plan();
+    let parts = Parts { exec: &exec, models, save_plan: &save_plan, items: &index };
+    let base = base_name(&sources, settings.shared_boundary);
+    let identity = Identity { task: config.task.clone(), base, ..Identity::default() };
     let trainer = Trainer::new(parts, settings, identity, serde_json::to_value(&config)?);
     let mut trainer = trainer.map_err(explain)?;
     if let Some((path, file)) = start_weights {
@@ -132,6 +138,15 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let outcome = outcome.map_err(explain)?;
     plan.measured(&exec).iter().for_each(|line| say(line));
     Ok(conclude(job, &watch, outcome))
+}
+
+/// What a state calls the models that it was trained on.
+fn base_name(sources: &[Source], boundary: Option<f64>) -> String {
+    let name = |s: &Source| s.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    match (sources, boundary) {
+        ([low, high], Some(boundary)) => format!("{} and from {boundary} on {}", name(low), name(high)),
+        _ => sources.first().map(name).unwrap_or_default(),
+    }
 }
 
 /// The configuration to go by, and the state to go on from. A resumed run keeps its names, so that it writes where it
@@ -160,11 +175,11 @@ fn continued(job: &Job, state: Option<PathBuf>) -> anyhow::Result<(RunConfig, Op
     Ok((config, Some((dir, state))))
 }
 
-/// The newest LoRA of `resume_checkpoints/` that may belong to this run: never the other expert's, and for one of a pair
+/// The newest LoRA of `resume_checkpoints/` that may belong to this run: never another expert's, and for one of a pair
 /// only a file that says whose it is.
 fn from_resume_checkpoints(job: &Job) -> anyhow::Result<Option<PathBuf>> {
     let dir = job.config.base_dir.join("resume_checkpoints");
-    let own = job.config.noise_level.as_ref().map(|level| format!("{level}_noise"));
+    let own = job.config.expert_tag();
     let fits = |path: &Path| {
         // A file that cannot be read is not passed over here: opening it says what is wrong with it.
         let expert = LoraFile::open(path).ok().and_then(|file| file.metadata().get("ss_expert").cloned());
@@ -211,6 +226,12 @@ fn announce(job: &Job, config: &RunConfig, trainer: &Trainer) {
         trainer.settings().seed,
     ));
     job.progress.say(&format!("learning rate: {}", lr.join(", ")));
+    if let Some(boundary) = trainer.settings().shared_boundary {
+        let from = 1000.0 * boundary;
+        job.progress.say(&format!(
+            "one LoRA over both experts: a batch whose first timestep is at least {from} goes to the high-noise DiT, any other to the low-noise one"
+        ));
+    }
 }
 
 fn conclude(job: &Job, watch: &Watch, outcome: Outcome) -> Ended {
@@ -218,10 +239,13 @@ fn conclude(job: &Job, watch: &Watch, outcome: Outcome) -> Ended {
     let ended = match outcome {
         Outcome::Finished { step, lora } => {
             say(format!("finished after {step} steps"));
+            watch.experts().into_iter().for_each(|(name, what)| say(format!("{name}: {what}")));
             if let Some(lora) = &lora {
                 let size = std::fs::metadata(lora).map(|m| m.len()).unwrap_or_default();
                 say(format!("LoRA:       {} ({})", lora.display(), fsio::human(size)));
-                say("            copy it to ComfyUI/models/loras/".into());
+                let both =
+                    if job.config.is_shared() { ", and load it on the high- and on the low-noise model" } else { "" };
+                say(format!("            copy it to ComfyUI/models/loras/{both}"));
                 let report = lora.with_extension("html");
                 if report.is_file() {
                     say(format!("report:     {}", report.display()));

@@ -14,7 +14,8 @@ use crate::config::RunConfig;
 use crate::plan::host_peak;
 use crate::report::runlog::read_points;
 use crate::report::{event_dir, write_report, Point, Progress, RunLog, RunReport, StepLog, Task, Work};
-use crate::train::{MicroStep, Observer, RunFacts, Saved};
+use crate::train::timesteps::Timestep;
+use crate::train::{Expert, MicroStep, Observer, RunFacts, Saved};
 
 /// What a run stands on, for its report.
 pub struct Background<'a> {
@@ -39,13 +40,19 @@ pub struct Watch<'a> {
     pending: Pending,
     /// The expert that this run trains, where it trains one of two.
     expert: Option<String>,
-    /// Where the high-noise expert takes over, in 0..=1000: splits the loss of a run that trains over all noise.
+    /// One adapter over both experts: each batch is one's.
+    shared: bool,
+    /// Timesteps that the other expert would see were trained, and that was said.
+    mixed: bool,
+    /// Where the high-noise expert takes over (0..1): splits the loss of a run that trains over all noise.
     boundary: Option<f64>,
 }
 
 #[derive(Default)]
 struct Pending {
     losses: Vec<f64>,
+    /// Of those, the ones of the high expert and of the low one, where the batches are either's.
+    of_experts: [Vec<f64>; 2],
     /// Timestep and loss of each sample.
     samples: Vec<(f64, f64)>,
     tokens: u64,
@@ -77,7 +84,6 @@ impl<'a> Watch<'a> {
         };
         report.dataset = background.dataset.clone();
         report.plan = background.plan.table();
-        let boundary = config.timestep_boundary.or(job.model.experts.map(|e| e.boundary));
         Ok(Self {
             progress: job.progress.clone(),
             task: None,
@@ -89,8 +95,10 @@ impl<'a> Watch<'a> {
             began: Instant::now(),
             skipped: 0,
             pending: Pending::default(),
-            expert: config.noise_level.clone(),
-            boundary: boundary.map(|b| 1000.0 * b),
+            expert: config.noise_level.clone().filter(|_| !config.is_shared()),
+            shared: config.is_shared(),
+            mixed: false,
+            boundary: config.boundary(),
         })
     }
 
@@ -120,19 +128,40 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Mean loss of the samples of either expert: `loss/high`, `loss/low`.
+    /// Mean loss of either expert: `loss/high`, `loss/low`; by who computed it, or of a single model by the timesteps.
     fn by_expert(&self, loss: f64) -> Vec<(String, f64)> {
         if let Some(level) = &self.expert {
             return vec![(format!("loss/{level}"), loss)];
         }
-        let Some(boundary) = self.boundary else { return Vec::new() };
-        let mean = |high: bool| {
-            let own: Vec<f64> =
-                self.pending.samples.iter().filter(|s| (s.0 >= boundary) == high).map(|s| s.1).collect();
-            (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64)
+        let mean = |own: &[f64]| (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64);
+        let [high, low] = match (self.shared, self.boundary) {
+            (true, _) => self.pending.of_experts.each_ref().map(|own| mean(own)),
+            (false, None) => return Vec::new(),
+            (false, Some(boundary)) => [Expert::High, Expert::Low].map(|expert| {
+                let own = self.pending.samples.iter().filter(|s| Expert::at(s.0, boundary) == expert);
+                mean(&own.map(|s| s.1).collect::<Vec<f64>>())
+            }),
         };
-        let tags = [("loss/high", mean(true)), ("loss/low", mean(false))];
+        let tags = [("loss/high", high), ("loss/low", low)];
         tags.into_iter().filter_map(|(tag, mean)| Some((tag.to_string(), mean?))).collect()
+    }
+
+    /// Of one adapter over both experts: the steps that each took part in and its mean loss, from the start on as far as
+    /// it was logged.
+    pub fn experts(&self) -> Vec<(&'static str, String)> {
+        let points = &self.report.points;
+        let one = |which: usize| {
+            let losses: Vec<f64> = points.iter().filter_map(|p| p.experts[which]).collect();
+            let share = 100.0 * losses.len() as f64 / points.len().max(1) as f64;
+            let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+            let mean = if losses.is_empty() { String::new() } else { format!(", mean loss {mean:.5}") };
+            (EXPERTS[which], format!("{} of {} steps ({share:.0} %){mean}", losses.len(), points.len()))
+        };
+        if self.shared {
+            vec![one(0), one(1)]
+        } else {
+            Vec::new()
+        }
     }
 
     /// Memory in GiB: of the card now and at most, of this process at most.
@@ -154,7 +183,9 @@ impl<'a> Watch<'a> {
         let recent: Vec<f64> =
             points.iter().rev().take(self.facts.batches_per_epoch.max(1) as usize).map(|p| p.loss).collect();
         let mean = recent.iter().sum::<f64>() / recent.len().max(1) as f64;
-        self.report.facts.retain(|(name, _)| !LIVE.contains(&name.as_str()));
+        self.report.facts.retain(|(name, _)| !LIVE.contains(&name.as_str()) && !EXPERTS.contains(&name.as_str()));
+        let experts = self.experts();
+        self.report.facts.extend(experts.into_iter().map(|(name, what)| (name.to_owned(), what)));
         let live = [
             format!("{done} of {}", self.facts.total_steps),
             format!(
@@ -179,6 +210,9 @@ impl<'a> Watch<'a> {
     }
 }
 
+/// The same of the two experts.
+const EXPERTS: [&str; 2] = ["high noise", "low noise"];
+
 /// Facts of a report that change from save to save.
 const LIVE: [&str; 7] =
     ["steps", "epochs", "trained", "mean loss of the last epoch", "steps skipped", "time in this session", "written"];
@@ -189,7 +223,14 @@ fn report_of(job: &Job, config: &RunConfig) -> anyhow::Result<RunReport> {
         p.as_ref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     };
     let mut facts = vec![("task".to_string(), config.task.clone()), ("base".into(), name(&config.dit))];
-    facts.extend(config.noise_level.clone().map(|level| ("expert".to_string(), format!("{level} noise"))));
+    match (&config.noise_level, config.boundary()) {
+        (Some(_), Some(boundary)) if config.is_shared() => facts.extend([
+            ("base, high noise".to_string(), name(&config.dit_high_noise)),
+            ("expert".into(), format!("both, the high-noise one from {boundary} on")),
+        ]),
+        (Some(level), _) => facts.push(("expert".into(), format!("{level} noise"))),
+        _ => {}
+    }
     facts.push(("program".into(), format!("wan-train {}", env!("CARGO_PKG_VERSION"))));
     facts.push(("seed".into(), config.seed.map(|s| s.to_string()).unwrap_or_default()));
     let mut options = Vec::new();
@@ -217,6 +258,18 @@ impl Observer for Watch<'_> {
 
     fn micro_step(&mut self, step: &MicroStep) {
         self.pending.losses.push(f64::from(step.loss));
+        if let Some(expert) = step.expert {
+            self.pending.of_experts[usize::from(expert == Expert::Low)].push(f64::from(step.loss));
+            let strange = |t: &Timestep| Expert::at(t.t.into(), self.boundary.unwrap_or_default()) != expert;
+            if !self.mixed && step.timesteps.iter().any(strange) {
+                self.mixed = true;
+                self.progress.say(&format!(
+                    "warning: step {}: no timesteps of the {}-noise expert were found for every item of a batch, which is trained on any (said once)",
+                    step.step,
+                    expert.name()
+                ));
+            }
+        }
         self.pending.tokens += step.tokens;
         let samples = step.timesteps.iter().zip(step.per_sample).map(|(t, l)| (f64::from(t.t), f64::from(*l)));
         self.pending.samples.extend(samples);
@@ -243,11 +296,14 @@ impl Observer for Watch<'_> {
             ]);
         }
         let (at, epoch, average) = (step.step, step.epoch, step.average);
+        let of = |name: &str| by_expert.iter().find(|(tag, _)| tag == name).map(|(_, loss)| *loss);
+        let experts = [of("loss/high"), of("loss/low")];
         let samples = std::mem::take(&mut self.pending).samples;
         self.record(|log| {
             log.step(&StepLog { step: at, epoch, loss, average, lr: &lr, extra: &extra, samples: &samples })
         });
-        self.report.points.push(Point { step: at, loss, lr: step.lr, grad_norm: update.grad_norm, samples });
+        let (lr, grad_norm) = (step.lr, update.grad_norm);
+        self.report.points.push(Point { step: at, loss, experts, lr, grad_norm, samples });
         if let Some(task) = &mut self.task {
             task.advance(1, &format!("epoch {epoch}, loss {loss:.4} (avr {average:.4}), lr {:.3e}", step.lr));
         }

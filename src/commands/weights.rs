@@ -7,7 +7,8 @@ use wan_kernels::Exec;
 use wan_models::arch::{ModelFile, Role};
 use wan_models::wan::{BlockWeights, WanWeights};
 
-use super::{job::Job, setup};
+use super::job::{Dit, Job};
+use super::setup;
 use crate::checkpoint::LoraFile;
 use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
@@ -16,10 +17,16 @@ use crate::hub::{self, Hub};
 use crate::loader::{check_precision, load_dit_by_block, DitTable, Fp8, LoadOptions, LoraMerge, Progress, Source};
 use crate::lora::merge;
 use crate::report::Work;
+use crate::train::Expert;
 
-/// Opens the DiT and holds it against the task: a wrong file is found here, before anything is read.
-pub fn open_dit(job: &Job) -> anyhow::Result<Source> {
-    let path = job.model_file("dit", job.dit_role(), job.config.dit.as_ref())?;
+/// Opens every DiT of the run, the low expert's first.
+pub fn open_dits(job: &Job) -> anyhow::Result<Vec<(Dit, Source)>> {
+    job.dits().into_iter().map(|dit| open_dit(job, &dit).map(|source| (dit, source))).collect()
+}
+
+/// Opens a DiT and holds it against the task: a wrong file is found here, before anything is read.
+pub fn open_dit(job: &Job, dit: &Dit) -> anyhow::Result<Source> {
+    let path = job.model_file(dit.option, dit.role, dit.path.as_ref())?;
     let source = Source::open(&path)?;
     let table = DitTable::new(&source, &job.model.arch, &job.config.task)?;
     if let Some(note) = check_precision(&source, &job.config.mixed_precision, job.config.musubi_compat)? {
@@ -53,20 +60,25 @@ pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
 pub fn load(
     job: &Job,
     config: &RunConfig,
-    source: &Source,
+    (dit, source): (&Dit, &Source),
     device: &Device,
     streamed: &[usize],
 ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
     let options = LoadOptions {
         fp8: fp8(config),
         fast: config.fp8_fast,
-        merges: merges(job, config)?,
+        merges: merges(job, dit)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         device: device.clone(),
         ..LoadOptions::new(&job.model.arch, &config.task)
     };
     let total = source.keys().count() as u64;
-    let mut task = job.progress.begin(Work { what: "loading the DiT", unit: "tensor", start: 0, total });
+    let what = match dit.expert {
+        None => "loading the DiT",
+        Some(Expert::Low) => "loading the low-noise DiT",
+        Some(Expert::High) => "loading the high-noise DiT",
+    };
+    let mut task = job.progress.begin(Work { what, unit: "tensor", start: 0, total });
     let mut blocks = Vec::with_capacity(job.model.arch.num_layers);
     let mut read = |read: Progress| {
         task.advance(1, &format!("{} of {}", fsio::human(read.done), fsio::human(read.total)));
@@ -92,18 +104,22 @@ fn fp8(config: &RunConfig) -> Fp8 {
 }
 
 /// The Lightning LoRA of a template where it is missing: the one of this model and this expert, and where it goes.
-pub fn lightning_to_fetch(job: &Job) -> Option<(Role, &ModelFile, PathBuf)> {
-    let role = job.model_lightning()?;
+pub fn lightning_to_fetch<'a>(job: &'a Job, dit: &Dit) -> Option<(Role, &'a ModelFile, PathBuf)> {
+    let role = dit.lightning?;
     let file = hub::file(&job.model, role)?;
     let dir = job.config.base_dir.join(hub::folder(role));
     let path = dir.join(&file.name);
-    let wanted = job.config.base_weights.iter().any(|wanted| Path::new(wanted) == path);
+    let wanted = dit.merges.iter().any(|wanted| Path::new(wanted) == path);
     (wanted && !path.exists()).then_some((role, file, dir))
 }
 
-/// Gets it, checked. An error says how to do without.
+/// Gets those that the run needs, checked. An error says how to do without.
 pub fn fetch_lightning(job: &Job) -> anyhow::Result<()> {
-    let Some((role, file, dir)) = lightning_to_fetch(job) else { return Ok(()) };
+    job.dits().iter().try_for_each(|dit| fetch_lightning_of(job, dit))
+}
+
+fn fetch_lightning_of(job: &Job, dit: &Dit) -> anyhow::Result<()> {
+    let Some((role, file, dir)) = lightning_to_fetch(job, dit) else { return Ok(()) };
     job.progress.say(&format!("the {} is not here yet and is downloaded", hub::role_name(role)));
     let got = setup::get(file, &dir, &Hub::from_env(), job.progress.as_ref(), &job.stop);
     got.map(drop).map_err(|error| match error.downcast::<UserError>() {
@@ -120,13 +136,13 @@ pub fn fetch_lightning(job: &Job) -> anyhow::Result<()> {
 }
 
 /// Finds out whether every LoRA that is to be merged is there, before anything long is begun.
-pub fn check_merges(job: &Job, config: &RunConfig) -> anyhow::Result<()> {
-    let from_template = matches!(job.resolved.origin.get("base_weights"), Some(Layer::Template(_)));
-    let Some(file) = config.base_weights.iter().find(|file| !Path::new(file).is_file()) else {
+pub fn check_merges(job: &Job, dit: &Dit) -> anyhow::Result<()> {
+    let from_template = matches!(job.resolved.origin.get(dit.merges_option), Some(Layer::Template(_)));
+    let Some(file) = dit.merges.iter().find(|file| !Path::new(file).is_file()) else {
         return Ok(());
     };
-    let error = UserError::new(format!("the LoRA {file} (--base_weights) does not exist"));
-    Err(match (from_template, job.model_lightning()) {
+    let error = UserError::new(format!("the LoRA {file} (--{}) does not exist", dit.merges_option));
+    Err(match (from_template, dit.lightning) {
         (true, Some(role)) => error.hint(format!(
             "{}, or train on the plain weights with --skip_lightning",
             hub::where_to_get(&job.model, role)
@@ -136,37 +152,48 @@ pub fn check_merges(job: &Job, config: &RunConfig) -> anyhow::Result<()> {
     .into())
 }
 
-/// Writes the DiT with its LoRAs merged to the file of `--save_merged`, tensor by tensor, if it is not there yet.
+/// Writes each DiT with its LoRAs merged to the file of `--save_merged`, tensor by tensor, if it is not there yet.
 pub fn save_merged(job: &Job) -> anyhow::Result<()> {
-    let c = &job.config;
-    let Some(path) = c.save_merged.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
-    let files: Vec<PathBuf> = c.base_weights.iter().map(PathBuf::from).collect();
-    let strength = |i: usize| c.base_weights_multiplier.get(i).map_or(Ok(1.0), |w| w.parse::<f64>());
-    let strengths = (0..files.len()).map(strength).collect::<Result<Vec<_>, _>>()?;
-    let source = open_dit(job)?;
+    job.dits().iter().filter(|dit| !dit.merges.is_empty()).try_for_each(|dit| save_merged_of(job, dit))
+}
+
+fn save_merged_of(job: &Job, dit: &Dit) -> anyhow::Result<()> {
+    let Some(path) = dit.save_merged.as_ref().filter(|path| !path.exists()) else { return Ok(()) };
+    let files: Vec<PathBuf> = dit.merges.iter().map(PathBuf::from).collect();
+    let strengths = (0..files.len()).map(|i| strength(&job.config, i)).collect::<anyhow::Result<Vec<_>>>()?;
+    let source = open_dit(job, dit)?;
     let changed = merge::into_dit(&source, &merge::open(&files, &strengths)?, path, None, job.progress.as_ref())?;
     job.progress.say(&format!("wrote the merged model {} ({changed} tensors changed)", path.display()));
     Ok(())
 }
 
 /// A file for the merged model needs something to merge.
-pub fn check_save_merged(c: &RunConfig) -> Result<(), UserError> {
-    match (&c.save_merged, c.base_weights.is_empty()) {
+pub fn check_save_merged(job: &Job) -> Result<(), UserError> {
+    match (&job.config.save_merged, job.dits().iter().all(|dit| dit.merges.is_empty())) {
         (Some(path), true) => Err(UserError::usage(format!("there is nothing to merge into {}", path.display()))
             .hint("--save_merged goes with a Lightning template or with --base_weights")),
         _ => Ok(()),
     }
 }
 
-fn merges(job: &Job, config: &RunConfig) -> anyhow::Result<Vec<LoraMerge>> {
-    check_merges(job, config)?;
+fn merges(job: &Job, dit: &Dit) -> anyhow::Result<Vec<LoraMerge>> {
+    check_merges(job, dit)?;
     let mut merges = Vec::new();
-    for (i, file) in config.base_weights.iter().enumerate() {
-        let strength = config.base_weights_multiplier.get(i).map_or(Ok(1.0), |w| w.parse())?;
-        job.progress.say(&format!("merging {file} at strength {strength} while loading"));
+    let into = dit.expert.map(|_| format!(" into the {}", dit.name())).unwrap_or_default();
+    for (i, file) in dit.merges.iter().enumerate() {
+        let strength = strength(&job.config, i)?;
+        job.progress.say(&format!("merging {file} at strength {strength}{into} while loading"));
         merges.push(LoraMerge { file: LoraFile::open(Path::new(file))?, strength });
     }
+    if dit.expert == Some(Expert::High) && merges.is_empty() && !job.config.base_weights.is_empty() {
+        job.progress.say("note: nothing is merged into the high-noise DiT");
+    }
     Ok(merges)
+}
+
+/// The strength of the LoRA at a position of `--base_weights`.
+fn strength(c: &RunConfig, index: usize) -> anyhow::Result<f64> {
+    Ok(c.base_weights_multiplier.get(index).map_or(Ok(1.0), |w| w.parse())?)
 }
 
 #[cfg(test)]

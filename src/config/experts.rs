@@ -1,15 +1,40 @@
 //! What the two experts of Wan 2.2 add to the resolving of options.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::layers::{Layer, Resolved};
+use super::options::RunConfig;
 use super::registry;
 use crate::error::UserError;
 
+/// `--noise_level shared`: one LoRA over both experts.
+pub const SHARED: &str = "shared";
+
+impl RunConfig {
+    /// Whether one LoRA is trained over both experts.
+    pub fn is_shared(&self) -> bool {
+        self.noise_level.as_deref() == Some(SHARED)
+    }
+
+    /// Where the high-noise expert takes over (0..1): as given, else the task's.
+    pub fn boundary(&self) -> Option<f64> {
+        self.timestep_boundary.or_else(|| registry::expert_boundary(&self.task))
+    }
+
+    /// How a LoRA's metadata call the expert that it belongs to.
+    pub fn expert_tag(&self) -> Option<String> {
+        match self.noise_level.as_deref()? {
+            SHARED => Some("both".into()),
+            level => Some(format!("{level}_noise")),
+        }
+    }
+}
+
 /// Which DiT is trained where two can be named: `--dit_high_noise` is the high expert's, `--dit` the other one's (of
-/// a pair: only the low expert's).
+/// a pair: only the low expert's). So too the LoRAs merged into them. One LoRA over both keeps all of them.
 pub fn choose_dit(
     values: &mut Map<String, Value>,
     origin: &mut BTreeMap<&'static str, Layer>,
@@ -17,29 +42,81 @@ pub fn choose_dit(
     pair: bool,
     template_dit: Option<(Value, Layer)>,
 ) -> Result<(), UserError> {
-    let high_dit = values.remove("dit_high_noise").zip(origin.remove("dit_high_noise"));
+    let has_high = values.contains_key("dit_high_noise");
+    if level == Some(SHARED) || (level.is_none() && has_high) {
+        values.insert("noise_level".into(), SHARED.into());
+        origin.entry("noise_level").or_insert(Layer::Derived);
+        return Ok(());
+    }
+    let mut take = |name: &str| values.remove(name).zip(origin.remove(name));
+    let (high_dit, high_merges) = (take("dit_high_noise"), take("base_weights_high_noise"));
     let Some(level) = level else {
-        return match high_dit {
+        return match high_merges {
             None => Ok(()),
-            Some(_) => Err(UserError::usage("one LoRA over both experts (--dit_high_noise alone) is not offered")
-                .hint("add --noise_level both: it trains one LoRA for each expert, as ComfyUI loads them")),
+            Some(_) => Err(UserError::usage("--base_weights_high_noise is given, but no second expert is trained")
+                .hint("it goes with --dit_high_noise; a single model takes --base_weights")),
         };
     };
     values.insert("noise_level".into(), level.into());
     if level == "high" {
         let own = if pair { high_dit.or(template_dit) } else { high_dit };
-        match own {
-            Some((dit, layer)) => {
-                values.insert("dit".into(), dit);
-                origin.insert("dit", layer);
-            }
-            None if pair => {
-                return Err(UserError::usage("--noise_level both needs the DiT of either expert").hint(
-                    "give the high one with --dit_high_noise, the low one with --dit, or use a Wan 2.2 template",
-                ))
-            }
-            None => {}
+        if pair && own.is_none() {
+            return Err(needs_either("both"));
         }
+        for (name, own) in [("dit", own), ("base_weights", high_merges)] {
+            if let Some((value, layer)) = own {
+                values.insert(name.into(), value);
+                origin.insert(name, layer);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn needs_either(level: &str) -> UserError {
+    UserError::usage(format!("--noise_level {level} needs the DiT of either expert"))
+        .hint("give the high one with --dit_high_noise, the low one with --dit, or use a Wan 2.2 template")
+}
+
+/// What a template with parts for its experts says of one LoRA over both: what it says of the low expert's, which is the
+/// larger one, but over all timesteps; of the high expert the weights; and whatever stands under `[shared]`.
+pub fn lay_shared(mut parts: BTreeMap<&'static str, Map<String, Value>>, into: &mut Map<String, Value>) {
+    let mut part = |level| parts.remove(level).unwrap_or_default();
+    let (mut low, mut high, shared) = (part("low"), part("high"), part(SHARED));
+    low.remove("min_timestep");
+    low.remove("max_timestep");
+    if low.contains_key("base_weights") {
+        // The low expert's own LoRAs are not the high one's.
+        into.insert("base_weights_high_noise".into(), Value::Array(Vec::new()));
+    }
+    into.extend(low);
+    for (own, name) in [("dit", "dit_high_noise"), ("base_weights", "base_weights_high_noise")] {
+        into.extend(high.remove(own).map(|value| (name.to_owned(), value)));
+    }
+    into.extend(shared);
+}
+
+/// Holds one LoRA over both experts against the task and the files.
+pub fn derive_shared(r: &mut Resolved) -> Result<(), UserError> {
+    let c = &mut r.config;
+    if !c.is_shared() {
+        return Ok(());
+    }
+    if c.boundary().is_none() {
+        return Err(UserError::usage(format!(
+            "task {} has a single model: --dit_high_noise and --noise_level shared are for Wan 2.2",
+            c.task
+        ))
+        .hint("leave them out, or choose the task of the two models"));
+    }
+    if c.dit_high_noise.is_none() {
+        return Err(needs_either(SHARED));
+    }
+    // LoRAs of one's own take the place of the template's in both experts.
+    let from_template = |name: &str| matches!(r.origin.get(name), Some(Layer::Template(_)));
+    if from_template("base_weights_high_noise") && !from_template("base_weights") && !c.base_weights.is_empty() {
+        c.base_weights_high_noise = None;
+        r.origin.insert("base_weights_high_noise", Layer::Derived);
     }
     Ok(())
 }
@@ -49,14 +126,11 @@ pub fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
     let c = &mut r.config;
     let level = c.noise_level.clone().unwrap_or_default();
     // Two merged models do not fit one file.
-    c.save_merged = c.save_merged.as_ref().map(|path| {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        path.with_file_name(format!("{stem}-{level}.safetensors"))
-    });
+    c.save_merged = c.save_merged.as_deref().map(|path| merged_name(path, &level));
     if c.template.is_some() {
         return Ok(());
     }
-    let Some(boundary) = c.timestep_boundary.or_else(|| registry::expert_boundary(&c.task)) else {
+    let Some(boundary) = c.boundary() else {
         return Err(UserError::usage(format!("task {} has a single model: --noise_level both is for Wan 2.2", c.task))
             .hint("leave --noise_level out"));
     };
@@ -69,4 +143,10 @@ pub fn derive_pair(r: &mut Resolved) -> Result<(), UserError> {
     }
     c.output_name = c.output_name.as_ref().map(|name| format!("{name}-{level}"));
     Ok(())
+}
+
+/// The file of one of two merged models.
+pub fn merged_name(path: &Path, level: &str) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}-{level}.safetensors"))
 }

@@ -60,10 +60,10 @@ const BOTH: &str = "both";
 /// For verbs that deal with one run: `--noise_level both` is refused.
 pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
     let asked = Asked::read(typed)?;
-    let level = asked.text("noise_level");
+    let level = asked.level()?;
     if level.as_deref() == Some(BOTH) {
         return Err(UserError::usage("this verb looks at one expert at a time, not at --noise_level both")
-            .hint("give --noise_level high or --noise_level low")
+            .hint("give --noise_level high, low or shared")
             .into());
     }
     asked.run(level.as_deref(), false, stamp)
@@ -72,7 +72,7 @@ pub fn resolve(typed: &Typed, stamp: &str) -> anyhow::Result<Resolved> {
 /// The runs that were asked for: one, or with `--noise_level both` that of the high and that of the low expert.
 pub fn resolve_runs(typed: &Typed, stamp: &str) -> anyhow::Result<Vec<Resolved>> {
     let asked = Asked::read(typed)?;
-    let level = asked.text("noise_level");
+    let level = asked.level()?;
     if level.as_deref() != Some(BOTH) {
         return Ok(vec![asked.run(level.as_deref(), false, stamp)?]);
     }
@@ -88,9 +88,10 @@ pub fn resolve_runs(typed: &Typed, stamp: &str) -> anyhow::Result<Vec<Resolved>>
     ["high", "low"].into_iter().map(|level| asked.run(Some(level), true, stamp)).collect()
 }
 
-/// Whether a template trains one of two experts.
-pub fn has_experts(template: &str) -> anyhow::Result<bool> {
-    Ok(template_chain(template, None, 0)?.1)
+/// Whether a template has two experts and does not say itself which of them to train.
+pub fn needs_level(template: &str) -> anyhow::Result<bool> {
+    let (layer, has_levels) = template_chain(template, None, 0)?;
+    Ok(has_levels && !layer.contains_key("noise_level"))
 }
 
 /// File and flags as they were given, checked but not laid over anything yet.
@@ -116,6 +117,19 @@ impl Asked {
     fn text(&self, key: &str) -> Option<String> {
         let value = self.flags.get(key).or_else(|| self.file.as_ref().and_then(|(_, f)| f.get(key)));
         value.and_then(Value::as_str).map(str::to_owned)
+    }
+
+    /// Which of two experts are asked for: as typed, else as the template has it, else what `--dit_high_noise` means alone.
+    fn level(&self) -> anyhow::Result<Option<String>> {
+        if let Some(level) = self.text("noise_level") {
+            return Ok(Some(level));
+        }
+        let template = match self.text("template") {
+            Some(name) => template_chain(&name, None, 0)?.0,
+            None => Map::new(),
+        };
+        let fixed = template.get("noise_level").and_then(Value::as_str).map(str::to_owned);
+        Ok(fixed.or_else(|| self.text("dit_high_noise").map(|_| experts::SHARED.into())))
     }
 
     /// One run: of the expert `level` where there are two; `pair` where the other one is trained too.
@@ -162,6 +176,7 @@ impl Stack {
         if pair {
             experts::derive_pair(&mut resolved)?;
         }
+        experts::derive_shared(&mut resolved)?;
         derive(&mut resolved, stamp);
         validate(&resolved.config)?;
         Ok(resolved)
@@ -174,11 +189,20 @@ fn derive(r: &mut Resolved, stamp: &str) {
     let mut derived = Vec::new();
     let base = c.base_dir.to_string_lossy().into_owned();
     let in_base = |p: &Path| PathBuf::from(p.to_string_lossy().replace("{base_dir}", &base));
-    for path in [&mut c.dit, &mut c.vae, &mut c.t5, &mut c.clip, &mut c.dataset_config].into_iter().flatten() {
+    for path in [&mut c.dit, &mut c.dit_high_noise, &mut c.vae, &mut c.t5, &mut c.clip, &mut c.dataset_config]
+        .into_iter()
+        .flatten()
+    {
         *path = in_base(path);
     }
-    c.base_weights.iter_mut().for_each(|p| *p = p.replace("{base_dir}", &base));
-    if c.skip_lightning && matches!(r.origin.get("base_weights"), Some(Layer::Template(_))) {
+    let merged = c.base_weights.iter_mut().chain(c.base_weights_high_noise.iter_mut().flatten());
+    merged.for_each(|p| *p = p.replace("{base_dir}", &base));
+    let of_template = |name: &str| matches!(r.origin.get(name), Some(Layer::Template(_)));
+    if c.skip_lightning && of_template("base_weights_high_noise") {
+        c.base_weights_high_noise = None;
+        derived.push("base_weights_high_noise");
+    }
+    if c.skip_lightning && of_template("base_weights") {
         c.base_weights.clear();
         c.base_weights_multiplier.clear();
         derived.extend(["base_weights", "base_weights_multiplier"]);
@@ -221,9 +245,10 @@ fn template_layer(name: &str, noise_level: Option<&str>) -> anyhow::Result<(Stri
         (true, None) => Err(UserError::usage(format!(
             "template {short} trains one of the two Wan 2.2 experts and needs to know which"
         ))
-        .hint("add --noise_level high, --noise_level low, or --noise_level both for one after the other")
+        .hint("add --noise_level high, --noise_level low, --noise_level both for a LoRA each, or --noise_level shared for one LoRA over both")
         .into()),
-        (false, Some(_)) => Err(UserError::usage(format!(
+        // A template of one's own may name both files without a part for either.
+        (false, Some(level)) if level != experts::SHARED => Err(UserError::usage(format!(
             "template {short} has a single model: --noise_level is for Wan 2.2 templates"
         ))
         .hint("leave --noise_level out")
@@ -255,7 +280,7 @@ fn template_chain(name: &str, noise_level: Option<&str>, depth: usize) -> anyhow
     Ok((map, inherited || levels))
 }
 
-/// Lays a template's own options, then those of its `[high]` or `[low]` part; tells whether it has such parts.
+/// Lays a template's own options, then those of its part for the noise level; tells whether it has such parts.
 fn split_levels(
     mut table: toml::Table,
     name: &str,
@@ -263,14 +288,27 @@ fn split_levels(
     noise_level: Option<&str>,
     into: &mut Map<String, Value>,
 ) -> anyhow::Result<bool> {
-    let parts: Vec<(&str, toml::Value)> =
-        ["high", "low"].into_iter().filter_map(|k| table.remove(k).map(|v| (k, v))).collect();
-    let has = !parts.is_empty();
-    into.extend(check_table(table, name, text)?);
-    for (level, part) in parts {
-        if let (toml::Value::Table(part), true) = (part, noise_level == Some(level)) {
-            into.extend(check_table(part, name, text)?);
+    let mut parts = BTreeMap::new();
+    for level in ["high", "low", experts::SHARED] {
+        match table.remove(level) {
+            Some(toml::Value::Table(part)) => drop(parts.insert(level, check_table(part, name, text)?)),
+            Some(other) => {
+                return Err(UserError::usage(format!("{name}: [{level}] is a table of options, not {other}")).into())
+            }
+            None => {}
         }
+    }
+    let has = !parts.is_empty();
+    let own = check_table(table, name, text)?;
+    if own.contains_key("base_weights") {
+        // They take the place of the inherited ones in both experts.
+        into.remove("base_weights_high_noise");
+    }
+    into.extend(own);
+    match noise_level {
+        Some(experts::SHARED) => experts::lay_shared(parts, into),
+        Some(level) => into.extend(parts.remove(level).unwrap_or_default()),
+        None => {}
     }
     Ok(has)
 }
@@ -425,15 +463,18 @@ fn validate(c: &RunConfig) -> Result<(), UserError> {
             return bad(format!("{name} is {}: it must lie between 0 and 1", p.unwrap_or_default()));
         }
     }
+    if let Some(b) = c.timestep_boundary.filter(|b| !(0.0..=1.0).contains(b)) {
+        return bad(format!("timestep_boundary is {b}: it must lie within 0..1, or within 0..1000 as a timestep"));
+    }
     if c.resume.is_some() && c.network_weights.is_some() {
         return Err(UserError::usage("--resume and --resume_from exclude each other")
             .hint("--resume continues a run exactly; --resume_from starts a new run from its weights"));
     }
-    if c.base_weights_multiplier.len() > c.base_weights.len() {
+    let merged = c.base_weights.len().max(c.base_weights_high_noise.as_ref().map_or(0, Vec::len));
+    if c.base_weights_multiplier.len() > merged {
         return bad(format!(
-            "{} values of base_weights_multiplier for {} base_weights files",
+            "{} values of base_weights_multiplier for {merged} base_weights files",
             c.base_weights_multiplier.len(),
-            c.base_weights.len()
         ));
     }
     if let Some(w) = c.base_weights_multiplier.iter().find(|w| w.parse::<f64>().map_or(true, |x| !x.is_finite())) {

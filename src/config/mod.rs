@@ -6,6 +6,7 @@ mod options;
 mod reference;
 pub mod registry;
 
-pub use layers::{has_experts, line_column, resolve, resolve_runs, unknown, Layer, Resolved, Typed};
+pub use experts::{merged_name, SHARED};
+pub use layers::{line_column, needs_level, resolve, resolve_runs, unknown, Layer, Resolved, Typed};
 pub use options::{find, Kind, Opt, RunConfig, OPTIONS, SCHEDULES, TASKS, TIMESTEP_MODES};
 pub use reference::options_markdown;

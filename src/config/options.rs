@@ -138,7 +138,7 @@ const FLOAT_TYPES: &[&str] = &["fp32", "float32", "float", "fp16", "float16", "b
 options! {
     "Template" {
         template: Option<String> = None; "Recipe to start from: a name that `show` lists, or a TOML file of your own"
-        noise_level: Option<String> = None, choices &["high", "low", "both"]; "Expert of Wan 2.2 to train: high or low noise, or both, one after the other"
+        noise_level: Option<String> = None, choices &["high", "low", "both", "shared"]; "Expert of Wan 2.2 to train: high or low noise; both: a LoRA for each, one after the other; shared: one LoRA over both"
         base_dir: PathBuf = "./local_training".into(); "Directory that holds models, datasets, outputs"
         run_dir: Option<PathBuf> = None; "Directory of this run (default: <base_dir>/outputs/<output_name>)"
         musubi_compat: bool = false; "Reproduce the numbers of musubi-tuner where this program departs from them (docs/migration.md)"
@@ -147,7 +147,7 @@ options! {
     "Model files" {
         task: String = "t2v-14B".into(), choices TASKS; "Model family and task"
         dit: Option<PathBuf> = None; "DiT weights (safetensors, any shard of a set, or .pth)"
-        dit_high_noise: Option<PathBuf> = None; "DiT weights of the high-noise expert; with --noise_level both, --dit is the low one's"
+        dit_high_noise: Option<PathBuf> = None; "DiT weights of the high-noise expert, --dit being the low one's; without --noise_level it means shared"
         vae: Option<PathBuf> = None; "VAE weights"
         t5: Option<PathBuf> = None; "umT5 encoder weights"
         clip: Option<PathBuf> = None; "CLIP vision weights (Wan 2.1 image-to-video only)"
@@ -155,8 +155,9 @@ options! {
         fp8_t5: bool = false; "Hold the umT5 weights in fp8"
         vae_cache_cpu: bool = false; "Keep the VAE's causal feature cache in host memory"
         base_weights: Vec<String> = vec![]; "LoRA files merged into the DiT while it loads"
+        base_weights_high_noise: Option<Vec<String>> = None; "LoRA files merged into the high-noise expert's DiT instead (default: --base_weights)"
         base_weights_multiplier: Vec<String> = vec![]; "Strength of each --base_weights file (default 1.0)"
-        save_merged: Option<PathBuf> = None; "Write the DiT with all --base_weights merged to this file too, if it is not there"
+        save_merged: Option<PathBuf> = None; "Write the DiT with all --base_weights merged to this file too, if it is not there (of two experts: FILE-high, FILE-low)"
         skip_lightning: bool = false; "Lightning templates: train on the plain weights, without the Lightning LoRA"
         force_v2_1_time_embedding: bool = true; "Compute the time embedding once a sample, not once a token (exact; always so here)"
     }

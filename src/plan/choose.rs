@@ -237,6 +237,10 @@ fn shortfall(job: &Job, budget: Budget, wishes: Wishes) -> Shortfall {
     if wishes.blocks_to_swap.is_some() && job.target == Target::Cuda {
         offer("leaving --blocks_to_swap to the plan".into(), job, Wishes { blocks_to_swap: None, ..wishes });
     }
+    if job.models > 1 {
+        let what = "a LoRA for each expert (--noise_level both), which needs one model at a time";
+        offer(what.into(), &Job { models: 1, ..job.clone() }, wishes);
+    }
     if job.moments == Moments::F32 {
         offer("--optimizer_type adamw8bit".into(), &Job { moments: Moments::Blocks8bit, ..job.clone() }, wishes);
     }

@@ -50,6 +50,8 @@ pub enum Moments {
 #[derive(Debug, Clone)]
 pub struct Job {
     pub arch: WanArch,
+    /// Frozen models of this architecture: 2 where one adapter is trained over two experts.
+    pub models: u64,
     pub target: Target,
     pub weights: WeightForm,
     /// Bytes of an element outside the blocks' matrices (embeddings, head, norms, biases).
@@ -316,6 +318,7 @@ impl Job {
 #[derive(Debug, Clone)]
 pub struct Prices {
     cpu: bool,
+    models: u64,
     layers: u64,
     rest: u64,
     block: u64,
@@ -334,6 +337,7 @@ impl Prices {
         let (cpu, layers, trainable) = (job.target == Target::Cpu, job.arch.num_layers as u64, job.trainable());
         Self {
             cpu,
+            models: job.models,
             layers,
             rest: job.outer_bytes() + layers * job.block_small_bytes(),
             block: job.block_linear_bytes(),
@@ -357,10 +361,13 @@ impl Prices {
             true => rows.push(Row { what, device: device + host, host: 0 }),
             false => rows.push(Row { what, device, host }),
         };
-        row("embeddings, head, norms, biases", self.rest, 0);
-        row("resident blocks", (self.layers - swapped) * self.block, 0);
-        if swapped > 0 {
-            row("streamed blocks", slots * self.block, swapped * self.block);
+        let models: &[[&'static str; 3]] = if self.models == 1 { &[WEIGHTS] } else { &EXPERTS };
+        for [rest, resident, streamed] in models {
+            row(rest, self.rest, 0);
+            row(resident, (self.layers - swapped) * self.block, 0);
+            if swapped > 0 {
+                row(streamed, slots * self.block, swapped * self.block);
+            }
         }
         row("adapters", self.adapters, 0);
         row("gradients", self.gradients, 0);
@@ -385,6 +392,14 @@ impl Prices {
     }
 }
 
+/// The rows of a model's weights.
+const WEIGHTS: [&str; 3] = ["embeddings, head, norms, biases", "resident blocks", "streamed blocks"];
+/// The same of two experts: both have their weights and their ring.
+const EXPERTS: [[&str; 3]; 2] = [
+    ["low: embeddings, norms, biases", "low: resident blocks", "low: streamed blocks"],
+    ["high: embeddings, norms, biases", "high: resident blocks", "high: streamed blocks"],
+];
+
 /// In the order of their discriminants.
 const POLICIES: [SavePolicy; 3] = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
 
@@ -406,6 +421,7 @@ impl Job {
         let compute_bytes = if c.mixed_precision == "no" { 4 } else { 2 };
         Self {
             arch: arch.clone(),
+            models: if c.is_shared() { 2 } else { 1 },
             target: run.target,
             weights,
             rest_bytes: if fp8 && c.musubi_compat && !c.fp8_scaled { 1 } else { run.checkpoint_bytes },

@@ -56,6 +56,13 @@ pub fn render(r: &RunReport) -> String {
     table(&mut page, r.facts.iter().map(|(k, v)| [k.as_str(), v.as_str()]));
     let of = |get: fn(&Point) -> f64| -> Vec<(u64, f64)> { r.points.iter().map(|p| (p.step, get(p))).collect() };
     section(&mut page, "Loss", &chart(&of(|p| p.loss), true));
+    let of_expert = |which: usize| -> Vec<(u64, f64)> {
+        r.points.iter().filter_map(|p| Some((p.step, p.experts[which]?))).collect()
+    };
+    if let (high @ [_, ..], low @ [_, ..]) = (&of_expert(0)[..], &of_expert(1)[..]) {
+        section(&mut page, "Loss, high noise", &chart(high, true));
+        section(&mut page, "Loss, low noise", &chart(low, true));
+    }
     section(&mut page, "Learning rate", &chart(&of(|p| p.lr), false));
     section(&mut page, "Gradient norm, before clipping", &chart(&of(|p| p.grad_norm), true));
     section(&mut page, "Timesteps trained on", &histogram(&r.points));

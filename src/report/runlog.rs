@@ -34,6 +34,8 @@ pub struct StepLog<'a> {
 pub struct Point {
     pub step: u64,
     pub loss: f64,
+    /// Of the high-noise expert and of the low-noise one, where that was logged and they took part.
+    pub experts: [Option<f64>; 2],
     pub lr: f64,
     /// NaN where it was not logged.
     pub grad_norm: f64,
@@ -164,6 +166,7 @@ pub fn read_points(path: &Path) -> Result<Vec<Point>> {
         Some(Point {
             step: value.get("step")?.as_u64()?,
             loss: of("loss/current")?,
+            experts: [of("loss/high"), of("loss/low")],
             lr: of("lr/unet").unwrap_or(f64::NAN),
             grad_norm: of("grad_norm").unwrap_or(f64::NAN),
             samples: samples.map(|all| all.iter().filter_map(pair).collect()).unwrap_or_default(),

@@ -9,8 +9,9 @@ use wan_kernels::Exec;
 use wan_models::arch::{Conditioning, WanArch};
 use wan_models::wan::{Timesteps, WanInputs};
 
+use super::expert::{self, Chance, Expert};
 use super::noise::{self, SampleDraws};
-use super::order::BatchPlan;
+use super::order::{BatchPlan, Sample};
 use super::settings::TrainSettings;
 use super::timesteps::Timestep;
 use crate::cache::index::{Bucket, CacheIndex, ItemTensors};
@@ -47,6 +48,8 @@ pub struct Batch {
     /// `[b, c, f, h, w]`, fp32.
     pub noise: Tensor,
     pub timesteps: Vec<Timestep>,
+    /// Who computes it, where one adapter is trained over two experts.
+    pub expert: Option<Expert>,
     /// Weight of each sample's loss, `[b]`; absent: 1.
     pub weight_b: Option<Tensor>,
     /// The first latent frame is given clean and carries no loss (ti2v).
@@ -81,15 +84,13 @@ impl Assembler<'_> {
             .hint("these caches were made with another VAE: use another cache_directory, or --recache")
             .into());
         }
-        let (mut noise_b, mut timesteps) = (Vec::new(), Vec::new());
+        let mut noise_b = Vec::new();
         for (sample, item) in plan.samples.iter().zip(&loaded) {
             let rounded = self.settings.compat.noise.then(|| item.latents.dtype());
             let (seed, dims, device) = (self.settings.seed, item.latents.dims(), self.exec.device());
             noise_b.push(noise::sample(seed, epoch, sample.id, dims, rounded, device)?);
-            let mut draws = SampleDraws::new(self.settings.seed, epoch, sample.id);
-            let stratum = sample.stratum.as_ref().map(std::slice::from_ref);
-            timesteps.extend(self.settings.timesteps.sample(&mut draws, (rows, columns), stratum, 1));
         }
+        let (timesteps, expert) = self.timesteps(plan, epoch, (rows, columns));
         let noise = Tensor::stack(&noise_b, 0)?;
         let sigma_b = Tensor::from_vec(self.sigmas(&timesteps)?, timesteps.len(), self.exec.device())?;
         let mut x = self.exec.run::<FlowMix>(&FlowMixArgs { latents: &latents, noise: &noise, sigma_b: &sigma_b })?;
@@ -107,7 +108,25 @@ impl Assembler<'_> {
         let context = loaded.iter().map(|i| Ok(i.context.to_device(self.exec.device())?)).collect::<Result<_>>()?;
         let f_indices = self.positions(&items, &loaded)?;
         let inputs = WanInputs { x, t, context, y, clip_fea, f_indices };
-        Ok(Batch { items, latents, noise, timesteps, weight_b, clean_first_frame, inputs })
+        Ok(Batch { items, latents, noise, timesteps, expert, weight_b, clean_first_frame, inputs })
+    }
+
+    /// The noise level of each sample, and of two experts the one that computes the batch.
+    fn timesteps(&self, plan: &BatchPlan, epoch: u64, hw: (usize, usize)) -> (Vec<Timestep>, Option<Expert>) {
+        let spec = &self.settings.timesteps;
+        let chance = |sample: &Sample| Chance {
+            draws: SampleDraws::new(self.settings.seed, epoch, sample.id),
+            stratum: sample.stratum,
+        };
+        let mut samples: Vec<_> = plan.samples.iter().map(chance).collect();
+        if let Some(boundary) = self.settings.shared_boundary {
+            let (timesteps, expert) = expert::draw_batch(spec, boundary, hw, &mut samples);
+            return (timesteps, Some(expert));
+        }
+        let one = |s: &mut Chance<SampleDraws>| {
+            spec.sample(&mut s.draws, hw, s.stratum.as_ref().map(std::slice::from_ref), 1)
+        };
+        (samples.iter_mut().flat_map(one).collect(), None)
     }
 
     /// The noise shares used in the mix.

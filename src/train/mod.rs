@@ -7,6 +7,7 @@ pub mod batch;
 pub mod expert;
 pub mod history;
 pub mod loss;
+pub mod models;
 pub mod noise;
 pub mod observe;
 pub mod order;
@@ -18,6 +19,8 @@ pub mod timesteps;
 pub mod trainer;
 
 pub use batch::{Assembler, Batch, Items};
+pub use expert::Expert;
+pub use models::{Frozen, Models};
 pub use observe::{MicroStep, Observer, Outcome, RunFacts, Saver, Update, When};
 pub use settings::{Compat, Length, SaveEvery, TrainSettings};
 pub use trainer::{Parts, Saved, Trainer};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use super::expert::Expert;
 use super::timesteps::Timestep;
 use super::trainer::{Saved, Trainer};
 use crate::adapter::norm::NormReport;
@@ -40,6 +41,8 @@ pub struct MicroStep<'a> {
     pub average: f64,
     pub per_sample: &'a [f32],
     pub timesteps: &'a [Timestep],
+    /// The expert that computed it, where one adapter is trained over two.
+    pub expert: Option<Expert>,
     /// Items of the batch by index.
     pub items: &'a [usize],
     pub lr: f64,

@@ -4,7 +4,7 @@
 use wan_models::adapter::Kind;
 use wan_models::arch::{Conditioning, ModelConfig};
 
-use super::expert::{range_note, Expert};
+use super::expert::{idle_note, range_note};
 use super::timesteps::TimestepSpec;
 use crate::adapter::network::NetworkOptions;
 use crate::adapter::NetworkSpec;
@@ -74,6 +74,8 @@ pub struct TrainSettings {
     /// Global L2 limit of the gradient; 0 is off.
     pub max_grad_norm: f64,
     pub timesteps: TimestepSpec,
+    /// Where the high-noise expert takes over (0..1), if one adapter is trained over both.
+    pub shared_boundary: Option<f64>,
     /// `total_steps` is filled in when the data are known.
     pub schedule: ScheduleSpec,
     pub optimizer: OptimizerSpec,
@@ -157,6 +159,7 @@ impl TrainSettings {
             accumulation: at_least_one("gradient_accumulation_steps", c.gradient_accumulation_steps)?,
             max_grad_norm: c.max_grad_norm,
             timesteps,
+            shared_boundary: boundary(c, model).filter(|_| c.is_shared()),
             schedule,
             optimizer,
             network,
@@ -217,10 +220,14 @@ fn timesteps(
         compat: compat.timesteps,
     };
     spec.check()?;
-    let boundary = c.timestep_boundary.or(model.experts.map(|e| e.boundary));
-    if let (Some(boundary), Some(level)) = (boundary, &c.noise_level) {
-        let expert: Expert = level.parse()?;
-        notes.extend(range_note(expert, boundary, spec.min, spec.max));
+    match (boundary(c, model), &c.noise_level) {
+        (Some(boundary), _) if c.is_shared() => notes.extend(idle_note(boundary, &spec)),
+        (Some(boundary), Some(level)) => notes.extend(range_note(level.parse()?, boundary, spec.min, spec.max)),
+        _ => {}
     }
     Ok(spec)
+}
+
+fn boundary(c: &RunConfig, model: &ModelConfig) -> Option<f64> {
+    c.timestep_boundary.or(model.experts.map(|e| e.boundary))
 }

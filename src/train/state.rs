@@ -161,10 +161,12 @@ const NOTED: &[&str] = &[
     "fp8_base",
     "fp8_scaled",
     "base_weights",
+    "base_weights_high_noise",
     "base_weights_multiplier",
     "skip_lightning",
     "device",
     "dit",
+    "dit_high_noise",
 ];
 
 /// Compares the configuration of a state with this run's. Options in neither list (paths, logging, saving, memory) do

@@ -221,6 +221,28 @@ impl TimestepSpec {
         shares.into_iter().map(|s| Timestep { t: s * 1000.0 + offset, sigma: s }).collect()
     }
 
+    /// The noise level of one sample, from the part of the distribution whose shares of noise lie in `from..=to`. Modes
+    /// that are a monotone function of one number are inverted, so that any part is reached at once; the others are drawn
+    /// until they fall into it, and squeezed into it if they do not. Not for compat mode.
+    pub fn sample_between(&self, draws: &mut dyn Draws, latent_hw: (usize, usize), (from, to): (f32, f32)) -> Timestep {
+        let (lo, hi) = self.limits();
+        let width = hi - lo;
+        // The part before the limits squeeze it, or within them.
+        let raw = |s: f32| ((s - lo) / width).clamp(0.0, 1.0);
+        let (a, b) = match self.preserve_shape {
+            true => (from.max(lo), to.min(hi)),
+            false => (raw(from), raw(to)),
+        };
+        let b = b.max(a);
+        let s = match self.monotone() {
+            true => self.truncated(latent_hw, &draws.uniform(1), a, b)[0],
+            false => self.rejected(draws, latent_hw, None, 1, a, b)[0],
+        };
+        let s = if self.preserve_shape { s } else { s * width + lo };
+        let sigma = s.clamp(from, to);
+        Timestep { t: sigma * 1000.0, sigma }
+    }
+
     /// Draws whole batches and keeps, in order, what lies within the limits.
     fn rejected(
         &self,

@@ -13,11 +13,12 @@ use anyhow::{anyhow, Context, Result};
 use candle_core::DType;
 use wan_kernels::adamw::clip_scale;
 use wan_kernels::Exec;
-use wan_models::wan::{SavePlan, WanModel, WeightProvider};
+use wan_models::wan::SavePlan;
 
 use super::batch::{Assembler, Batch, Items};
 use super::history::History;
 use super::loss;
+use super::models::{Frozen, Models};
 use super::observe::{MicroStep, Observer, Outcome, RunFacts, Saver, Update, When};
 use super::order;
 use super::scale::LossScale;
@@ -32,8 +33,7 @@ use crate::schedule::{Schedule, ScheduleSpec};
 #[derive(Clone, Copy)]
 pub struct Parts<'a> {
     pub exec: &'a Exec,
-    pub model: &'a WanModel,
-    pub blocks: &'a dyn WeightProvider,
+    pub models: Models<'a>,
     /// What each block keeps between the passes.
     pub save_plan: &'a SavePlan,
     pub items: &'a dyn Items,
@@ -74,11 +74,12 @@ impl<'a> Trainer<'a> {
         identity: Identity,
         config: serde_json::Value,
     ) -> Result<Self> {
+        parts.models.check(settings.shared_boundary)?;
         let batches = order::epoch(parts.items.buckets(), settings.seed, 0, 0).len() as u64;
         if batches == 0 {
             return Err(UserError::new("there is nothing to train on: the dataset has no cached item").into());
         }
-        let sites = select(parts.model.arch(), &settings.network.patterns)?;
+        let sites = select(parts.models.arch(), &settings.network.patterns)?;
         let params = AdapterParams::new(settings.network.clone(), sites, settings.seed, parts.exec.device())?;
         let grads = Grads::new(params.layout().clone(), parts.exec.device())?;
         let optimizer = Optimizer::on(settings.optimizer, params.layout(), parts.exec.device())?;
@@ -162,7 +163,7 @@ impl<'a> Trainer<'a> {
         std::thread::scope(|scope| {
             let (to, batches) = sync_channel(1);
             let exec = parts.exec;
-            let (items, arch) = (parts.items, parts.model.arch());
+            let (items, arch) = (parts.items, parts.models.arch());
             let feeder = scope.spawn(move || {
                 let assembler = Assembler { settings: &settings, arch, items, exec };
                 prefetch(&assembler, &from, epochs, &to);
@@ -209,6 +210,7 @@ impl<'a> Trainer<'a> {
                     average,
                     per_sample: &per_sample,
                     timesteps: &batch.timesteps,
+                    expert: batch.expert,
                     items: &batch.items,
                     lr: rates.0,
                     lr_plus: self.settings.network.loraplus_lr_ratio.map(|_| rates.1),
@@ -238,7 +240,8 @@ impl<'a> Trainer<'a> {
 
     /// Forward, loss and backward of one micro-batch; gradients are added to those of the group.
     fn micro_step(&mut self, batch: &Batch, group: &mut Group) -> Result<(f32, Vec<f32>)> {
-        let Parts { exec, model, blocks, save_plan, .. } = self.parts;
+        let Parts { exec, models, save_plan, .. } = self.parts;
+        let Frozen { model, blocks } = models.of(batch.expert);
         let number = self.position.epoch * self.facts.batches_per_epoch + self.position.micro_batch;
         let adapters = StepAdapters::new(&self.params, self.settings.seed, number, exec.device());
         let (pred, saved) = model.forward(exec, &batch.inputs, &adapters, blocks, save_plan)?;
@@ -257,7 +260,7 @@ impl<'a> Trainer<'a> {
     /// Tokens that the model sees of a batch's latents.
     fn tokens(&self, batch: &Batch) -> Result<u64> {
         let (samples, _, f, h, w) = batch.latents.dims5()?;
-        let [f, h, w] = self.parts.model.arch().grid([f, h, w])?;
+        let [f, h, w] = self.parts.models.arch().grid([f, h, w])?;
         Ok((samples * f * h * w) as u64)
     }
 

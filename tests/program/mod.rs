@@ -10,6 +10,7 @@ mod musubi;
 mod pair;
 mod resume;
 mod setup;
+mod shared;
 mod templates;
 
 use std::path::{Path, PathBuf};

@@ -113,6 +113,7 @@ impl Case {
             items: vec![0; sigma_b.len()],
             latents,
             noise: noise.clone(),
+            expert: None,
             timesteps: sigma_b.iter().zip(t_b).map(|(s, t)| Timestep { t: *t, sigma: *s }).collect(),
             weight_b: None,
             clean_first_frame: false,

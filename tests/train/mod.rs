@@ -8,5 +8,6 @@ mod ring;
 mod run;
 mod schedule;
 mod settings;
+mod shared;
 mod support;
 mod timesteps;

@@ -17,6 +17,7 @@ fn v21(target: Target) -> Job {
     let arch = arch("t2v-A14B");
     Job {
         sites: arch.sites(),
+        models: 1,
         target,
         weights: WeightForm::Fp8Scaled { scale_bytes: 2 },
         rest_bytes: 2,
@@ -49,6 +50,7 @@ fn tiny() -> Job {
     };
     Job {
         sites: arch.sites(),
+        models: 1,
         target: Target::Cpu,
         weights: WeightForm::Dense(4),
         rest_bytes: 4,
@@ -167,6 +169,39 @@ fn the_720p_clip_fits_a_12_gb_card_with_streamed_blocks() {
         choose(&job, Budget { device: 23 * GIB / 2, host: 64 * GIB }, Wishes::default(), &Rates::default()).unwrap();
     assert!(plan.arrangement.blocks_to_swap > 10, "{plan}");
     println!("{plan}");
+}
+
+#[test]
+fn two_experts_take_their_weights_twice_and_nothing_else() {
+    let one = v21(Target::Cuda);
+    let two = Job { models: 2, ..one.clone() };
+    for blocks_to_swap in [0, 1, 30, 40] {
+        let arrangement = Arrangement { blocks_to_swap, ..keep(&one, SavePolicy::KeepAttention) };
+        let (a, b) = (price(&one, &arrangement), price(&two, &arrangement));
+        let mut weights = (0, 0);
+        for row in ["embeddings, head, norms, biases", "resident blocks", "streamed blocks"] {
+            let short = row.replace(" head,", "");
+            let Some(row) = a.row(row) else { continue };
+            for expert in ["low", "high"] {
+                let own = b.row(&format!("{expert}: {short}")).unwrap();
+                assert_eq!((own.device, own.host), (row.device, row.host), "{short}");
+            }
+            weights = (weights.0 + row.device, weights.1 + row.host);
+        }
+        assert_eq!((b.device(), b.host()), (a.device() + weights.0, a.host() + weights.1), "{blocks_to_swap}");
+        assert_eq!(blocks_to_swap == 0, a.row("streamed blocks").is_none());
+    }
+    // On a 24 GB card the second model means streaming; a step takes no longer where copies are hidden.
+    let budget = Budget { device: 45 * GIB / 2, host: 64 * GIB };
+    let plan = |job: &Job| choose(job, budget, Wishes::default(), &Rates::default()).unwrap();
+    let (alone, both) = (plan(&one), plan(&two));
+    assert!(both.memory.device() <= budget.device && both.memory.host() <= budget.host);
+    assert!(both.arrangement.blocks_to_swap > alone.arrangement.blocks_to_swap, "{both}");
+    assert!(both.step_seconds < 1.1 * alone.step_seconds, "{} {}", both.step_seconds, alone.step_seconds);
+    // Where both do not fit, it says that one at a time would.
+    let small = Budget { device: 12 * GIB, host: 8 * GIB };
+    let shortfall = choose(&two, small, Wishes::default(), &Rates::default()).unwrap_err().to_string();
+    assert!(shortfall.contains("--noise_level both"), "{shortfall}");
 }
 
 #[test]

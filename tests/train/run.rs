@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use wan_models::wan::{BlockPlan, Home, SavePlan, SavePolicy};
 use wan_train::residency::{CpuCopy, Residency, ResidencySpec};
-use wan_train::train::{Items, Outcome, When};
+use wan_train::train::{Items, Models, Outcome, When};
 
 use super::support::{arch, bits, data, model, settings, Bench};
 
@@ -230,8 +230,7 @@ fn an_empty_data_set_and_a_selection_of_nothing_are_refused() {
     let bench = Bench::new(data(0, 0, 1));
     let parts = wan_train::train::Parts {
         exec: &bench.exec,
-        model: &bench.model,
-        blocks: &*bench.blocks,
+        models: Models::one(&bench.model, &*bench.blocks),
         save_plan: &bench.plan,
         items: &bench.items,
     };
@@ -289,8 +288,7 @@ fn a_cache_that_cannot_be_read_ends_the_run_with_its_name() {
         let items = Broken(&bench.items, panics);
         let parts = wan_train::train::Parts {
             exec: &bench.exec,
-            model: &bench.model,
-            blocks: &*bench.blocks,
+            models: Models::one(&bench.model, &*bench.blocks),
             save_plan: &bench.plan,
             items: &items,
         };

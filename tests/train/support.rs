@@ -13,7 +13,7 @@ use wan_train::cache::index::{Bucket, BucketKey, ItemTensors};
 use wan_train::checkpoint::{Identity, TrainState};
 use wan_train::config::RunConfig;
 use wan_train::train::{
-    Items, MicroStep, Observer, Outcome, Parts, RunFacts, Saved, Saver, TrainSettings, Trainer, When,
+    Items, MicroStep, Models, Observer, Outcome, Parts, RunFacts, Saved, Saver, TrainSettings, Trainer, When,
 };
 
 /// Sixteen latent channels, three blocks of width 16.
@@ -220,8 +220,7 @@ impl Bench {
     pub fn trainer(&self, settings: TrainSettings) -> Trainer<'_> {
         let parts = Parts {
             exec: &self.exec,
-            model: &self.model,
-            blocks: &*self.blocks,
+            models: Models::one(&self.model, &*self.blocks),
             save_plan: &self.plan,
             items: &self.items,
         };

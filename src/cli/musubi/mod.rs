@@ -287,9 +287,8 @@ fn train(given: &Given, mut typed: Typed, idle: &mut Vec<String>, notes: &mut Ve
         );
     }
     if typed.flags.contains_key("dit_high_noise") && !typed.flags.contains_key("noise_level") {
-        typed.flags.insert("noise_level", vec!["both".into()]);
         notes.push(
-            "--dit_high_noise trains one LoRA for each expert, one after the other; musubi-tuner makes one for both"
+            "as in musubi-tuner --dit_high_noise trains one LoRA over both experts; --noise_level both makes one for each"
                 .into(),
         );
     }

@@ -101,10 +101,15 @@ fn nothing_is_ignored_in_silence() {
 }
 
 #[test]
-fn both_experts_become_two_loras() {
+fn one_lora_over_both_experts_stays_one() {
     let t = ok("wan_train_network.py --task t2v-A14B --dit low --dit_high_noise high --timestep_boundary 875 --offload_inactive_dit");
-    assert_eq!(flags(&t)["noise_level"], ["both"]);
-    assert!(t.notes.iter().any(|n| n.contains("one LoRA for each expert")), "{:?}", t.notes);
+    let Invocation::Train(typed) = &t.invocation else { panic!("{t:?}") };
+    let c = crate::config::resolve(typed, "stamp").unwrap().config;
+    assert!(c.is_shared() && c.boundary() == Some(0.875), "{:?} {:?}", c.noise_level, c.timestep_boundary);
+    assert!(t.notes.iter().any(|n| n.contains("one LoRA over both experts")), "{:?}", t.notes);
+    assert!(t.notes.iter().any(|n| n.contains("--offload_inactive_dit (both experts stay at hand")), "{:?}", t.notes);
+    let t = ok("wan_train_network.py --task t2v-A14B --dit low --dit_high_noise high --noise_level both");
+    assert!(!t.notes.iter().any(|n| n.contains("one LoRA over both")), "{:?}", t.notes);
     let t = ok("wan_train_network.py --musubi_compat --lora_format comfyui");
     assert!(t.notes.is_empty(), "{:?}", t.notes);
     assert_eq!(flags(&t)["lora_format"], ["comfyui"]);
