@@ -16,7 +16,8 @@ use crate::gpu::Gpu;
 use crate::linear::{
     Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs,
     LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8,
-    LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearWeightGrad, LinearWeightGradArgs,
+    LinearFp8Args, LinearFp8Backward, LinearFp8BackwardAdd, LinearFp8BackwardAddArgs, LinearFp8BackwardArgs,
+    LinearStackBackward, LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
 };
 use crate::norm::{
     LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
@@ -25,7 +26,7 @@ use crate::norm::{
 };
 use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, UnpatchifyBackward, UnpatchifyBackwardArgs};
 use crate::philox::{stream, Philox};
-use crate::{adamw, adamw8bit, fp8, Exec, Result};
+use crate::{adamw, adamw8bit, fp8, Exec, Result, CHECK_GROUPS};
 
 mod caching;
 
@@ -107,25 +108,31 @@ impl Checker<'_> {
 const HALVES: &[DType] = &[DType::BF16, DType::F16];
 const ALL: &[DType] = &[DType::BF16, DType::F16, DType::F32];
 
-/// Every kernel at sizes that fit nothing.
-pub fn all(gpu: &Gpu) -> Result<Vec<Row>> {
+/// Every kernel at sizes that fit nothing; with `only`, those of one of the [`CHECK_GROUPS`].
+pub fn all(gpu: &Gpu, only: Option<&str>) -> Result<Vec<Row>> {
     let exec = |compute| Exec::Cuda { gpu: gpu.clone(), device: gpu.device(), compute };
     let mut c = Checker { exec: &exec, rows: Vec::new() };
-    norms(&mut c)?;
-    elementwise(&mut c)?;
-    linears(&mut c)?;
-    attention(&mut c, "attention")?;
-    if gpu.hopper() {
-        gpu.use_portable(true);
-        attention(&mut c, "attention, mma.sync")?;
-        gpu.use_portable(false);
+    for group in CHECK_GROUPS.iter().filter(|group| only.is_none_or(|only| only == **group)) {
+        match *group {
+            "norms" => norms(&mut c)?,
+            "elementwise" => elementwise(&mut c)?,
+            "linears" => linears(&mut c)?,
+            "attention" => attention(&mut c, "attention")?,
+            // Elsewhere than on Hopper these kernels are the ones of the group before.
+            "portable-attention" if gpu.hopper() => {
+                gpu.use_portable(true);
+                attention(&mut c, "attention, mma.sync")?;
+                gpu.use_portable(false);
+            }
+            "flow" => flow(&mut c)?,
+            "caching" => caching::all(&mut c)?,
+            "exact" => c.rows.extend(exact(gpu)?),
+            "optimizers" => c.rows.extend(optimizers(gpu)?),
+            "portable-attention" => {}
+            other => unreachable!("group {other} has no kernels"),
+        }
     }
-    flow(&mut c)?;
-    caching::all(&mut c)?;
-    let mut rows = c.rows;
-    rows.extend(exact(gpu)?);
-    rows.extend(optimizers(gpu)?);
-    Ok(rows)
+    Ok(c.rows)
 }
 
 fn norms(c: &mut Checker<'_>) -> Result<()> {
@@ -220,8 +227,47 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
         let weight = fp8::Weight::quantize(&dense, fp8::Granularity::Block)?.to_device(p.exec.device())?;
         let args = LinearFp8Args { x: &x, weight: &weight, bias_o: Some(&bias_o), out: p.held };
         let back = LinearFp8BackwardArgs { dy: &dy, weight: &weight, out: p.held };
-        Ok(vec![p.exec.run::<LinearFp8>(&args)?, p.exec.run::<LinearFp8Backward>(&back)?])
-    })
+        let base = p.normal(5, &[97, 320])?;
+        let add = LinearFp8BackwardAddArgs { dy: &dy, weight: &weight, base, out: p.held };
+        let add = p.exec.run::<LinearFp8BackwardAdd>(&add)?;
+        Ok(vec![p.exec.run::<LinearFp8>(&args)?, p.exec.run::<LinearFp8Backward>(&back)?, add])
+    })?;
+    // Ranks that are filled up, columns that are read and written where they lie in a wider matrix.
+    for (l, i, ranks) in [(1, 64, [16, 16, 16]), (97, 192, [42, 7, 42]), (1025, 320, [4, 48, 16])] {
+        c.run("linear_stack", &format!("[1, {l}, {i}], ranks {ranks:?}"), ALL, &|p| {
+            let weight = |seed, shape: &[usize]| (p.full(seed, shape)? * 0.1)?.to_dtype(p.rounded)?.to_dtype(p.held);
+            let downs = [weight(1, &[ranks[0], i])?, weight(2, &[ranks[1], i])?, weight(3, &[ranks[2], i])?];
+            let ups = [weight(4, &[96, ranks[0]])?, weight(5, &[320, ranks[1]])?, weight(6, &[33, ranks[2]])?];
+            let stack = Stack::new(&p.exec, &[(&downs[0], &ups[0]), (&downs[1], &ups[1]), (&downs[2], &ups[2])])?;
+            let x = p.normal(7, &[1, l, i])?;
+            let dys = [p.normal(8, &[1, l, 96])?, p.normal(9, &[1, l, 320])?, p.normal(10, &[1, l, 33])?];
+            let args = LinearArgs { x: &x, weight_oi: &stack.down_ri, bias_o: None, out: p.held };
+            let h = p.exec.run::<Linear>(&args)?;
+            let args = LinearStackBackwardArgs { dys: &dys.each_ref(), ups_or: &stack.ups_or };
+            let dh = p.exec.run::<LinearStackBackward>(&args)?;
+            let ddown = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: &x, dy: &dh })?;
+            let mut results = Vec::new();
+            for (j, (at, r)) in stack.parts().enumerate() {
+                // What fills a rank up is not compared.
+                let rank = ranks[j];
+                let (h_blr, base) = (h.narrow(2, at, r)?, p.normal(11, dys[j].dims())?);
+                let args = LinearAddArgs { x: &h_blr, weight_oi: &stack.ups_or[j], base, out: p.held };
+                results.push(p.exec.run::<LinearAdd>(&args)?);
+                let dup = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: &h_blr, dy: &dys[j] })?;
+                results.extend([h.narrow(2, at, rank)?, dh.narrow(2, at, rank)?]);
+                results.extend([ddown.narrow(0, at, rank)?, dup.narrow(1, 0, rank)?]);
+            }
+            let args = LinearBackwardAddArgs {
+                dy: &dh,
+                weight_oi: &stack.down_ri,
+                base: p.normal(12, &[1, l, i])?,
+                out: p.held,
+            };
+            results.push(p.exec.run::<LinearBackwardAdd>(&args)?);
+            Ok(results)
+        })?;
+    }
+    Ok(())
 }
 
 fn attention(c: &mut Checker<'_>, op: &str) -> Result<()> {

@@ -9,6 +9,7 @@ pub mod error;
 mod golden;
 pub mod keys;
 pub mod linear;
+pub mod siblings;
 pub mod umt5;
 pub mod vae;
 pub mod wan;

@@ -5,8 +5,9 @@ use candle_core::{DType, Tensor};
 use wan_kernels::fp8;
 use wan_kernels::gate_residual::{Residual, ResidualArgs};
 use wan_kernels::linear::{
-    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
-    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs,
+    Linear, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs, LinearBackwardArgs, LinearEight,
+    LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward,
+    LinearFp8BackwardAdd, LinearFp8BackwardAddArgs, LinearFp8BackwardArgs,
 };
 use wan_kernels::Exec;
 
@@ -127,6 +128,19 @@ impl Frozen {
             Weight::Fp8Fast(weight) => exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, out })?,
         })
     }
+
+    /// `base + dy W`; `base` is like `dx` and may be written over.
+    pub fn backward_add(&self, exec: &Exec, dy: &Tensor, base: Tensor, out: DType) -> Result<Tensor> {
+        Ok(match &self.weight {
+            Weight::Dense(w) => {
+                exec.run::<LinearBackwardAdd>(&LinearBackwardAddArgs { dy, weight_oi: w, base, out })?
+            }
+            Weight::Fp8(weight) => {
+                exec.run::<LinearFp8BackwardAdd>(&LinearFp8BackwardAddArgs { dy, weight, base, out })?
+            }
+            Weight::Fp8Fast(_) => add(exec, &base, &self.backward(exec, dy, out)?)?,
+        })
+    }
 }
 
 /// What forward leaves for backward beside the input: the output, where a later step reads it, and a LoRA's low-rank
@@ -147,6 +161,12 @@ pub struct Site<'a> {
 }
 
 impl Site<'_> {
+    /// The adapter's module name.
+    pub(crate) fn name(&self) -> Result<&str> {
+        let missing = || Error::Invalid { model: "linear", what: "an adapter went missing in backward".into() };
+        self.adapter.as_ref().map(Active::site).ok_or_else(missing)
+    }
+
     /// `y = x Wᵀ + b + Δy`, all in the compute dtype.
     pub fn forward(&self, x_bli: &Tensor) -> Result<LinearOut> {
         let y = self.frozen.forward(self.exec, x_bli, self.exec.compute())?;

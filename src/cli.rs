@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use wan_kernels::CHECK_GROUPS;
 
 use crate::config::{find, Kind, Opt, Typed, OPTIONS};
 
@@ -81,6 +82,8 @@ pub struct BenchOptions {
     pub file: Option<PathBuf>,
     /// `ops` only: hold every kernel against its definition instead of timing it.
     pub check: bool,
+    /// Of these only one group, see `wan_kernels::CHECK_GROUPS`.
+    pub group: Option<String>,
     /// Leave alone the kernels that only cards of this one's kind have.
     pub portable: bool,
 }
@@ -144,6 +147,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 steps: m.get_one::<u64>("steps").copied().unwrap_or(5),
                 json: m.get_flag("json"),
                 check: m.get_flag("check"),
+                group: m.get_one::<String>("group").cloned(),
                 file: m.get_one::<PathBuf>("file").cloned(),
                 project: m.get_one::<String>("project").cloned(),
                 portable: m.get_flag("portable"),
@@ -252,6 +256,14 @@ pub fn command() -> Command {
                         .help("With `start`: the fp16 checkpoint; random weights are written there when it is missing"),
                 )
                 .arg(flag("check", "With `ops`: hold every kernel against its definition"))
+                .arg(
+                    Arg::new("group")
+                        .long("group")
+                        .value_name("GROUP")
+                        .requires("check")
+                        .value_parser(PossibleValuesParser::new(CHECK_GROUPS))
+                        .help("With `--check`: only these kernels"),
+                )
                 .arg(flag("portable", "With `steps`: only kernels that every card runs (mma.sync)")),
         )
         .subcommand(lora::command())

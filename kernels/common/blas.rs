@@ -41,6 +41,8 @@ pub(crate) struct Matrix {
     pub address: u64,
     /// Read as its transpose.
     pub transposed: bool,
+    /// Elements from a row in memory to the next; `None`: as many as a row has.
+    pub stride: Option<usize>,
 }
 
 /// `out [rows, columns] = left [rows, inner] · right [inner, columns] (+ bias over columns) (+ add)`.
@@ -54,6 +56,8 @@ pub(crate) struct Product {
     /// Dtype of both operands.
     pub operands: DType,
     pub out: u64,
+    /// As [`Matrix::stride`], of `out` and `add`.
+    pub out_stride: Option<usize>,
     /// Dtype of `out`, `bias` and `add`.
     pub result: DType,
     pub bias: Option<u64>,
@@ -86,7 +90,7 @@ struct Key {
     dtypes: [DType; 2],
     bias: bool,
     add: bool,
-    /// Count, then distances of rows and of matrices (left, right, out); zeros for a single product.
+    /// Count, then distances of rows and of matrices (left, right, out); a single product has zeros but for rows with gaps.
     batch: [usize; 7],
     /// Largest power of two (at most 16) that divides all addresses.
     alignment: u32,
@@ -144,18 +148,21 @@ impl Blas {
             desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
             desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &types.1)?;
         }
-        let a_layout = Layout::new(types.0, if a.transposed { (k, m) } else { (m, k) })?;
-        let b_layout = Layout::new(types.0, if b.transposed { (n, k) } else { (k, n) })?;
-        let d_layout = Layout::new(types.1, (m, n))?;
+        let a_layout = Layout::rows(types.0, if a.transposed { (k, m) } else { (m, k) }, a.stride)?;
+        let b_layout = Layout::rows(types.0, if b.transposed { (n, k) } else { (k, n) }, b.stride)?;
+        let d_layout = Layout::rows(types.1, (m, n), p.out_stride)?;
         let add = p.add.unwrap_or(p.out);
-        let all = a.address | b.address | p.out | add | p.bias.unwrap_or(0);
+        let strides = [a.stride, b.stride].iter().flatten().fold(0, |all, s| all | s * p.operands.size_in_bytes());
+        let strides = strides | p.out_stride.unwrap_or(0) * p.result.size_in_bytes();
+        let all = a.address | b.address | p.out | add | p.bias.unwrap_or(0) | strides as u64;
+        let [a_row, b_row, d_row] = [a.stride, b.stride, p.out_stride].map(|stride| stride.unwrap_or(0));
         let key = Key {
             shape: [m, n, k],
             transposed: [a.transposed, b.transposed],
             dtypes: [p.operands, p.result],
             bias: p.bias.is_some(),
             add: p.add.is_some(),
-            batch: [0; 7],
+            batch: [0, b_row, 0, a_row, 0, d_row, 0],
             alignment: 1 << all.trailing_zeros().min(4),
             eight: None,
         };
@@ -364,12 +371,19 @@ impl Drop for Desc {
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    /// Column-major (rows, columns) without gaps.
-    fn new(
+    /// Column-major (rows, columns), `stride` elements from a column to the next.
+    fn rows(
         dtype: sys::cudaDataType,
         (rows, columns): (usize, usize),
+        stride: Option<usize>,
     ) -> std::result::Result<Self, result::CublasError> {
-        Ok(Layout(result::create_matrix_layout(dtype, rows as u64, columns as u64, rows as i64)?))
+        let stride = stride.unwrap_or(rows) as i64;
+        Ok(Layout(result::create_matrix_layout(dtype, rows as u64, columns as u64, stride)?))
+    }
+
+    /// The same without gaps.
+    fn new(dtype: sys::cudaDataType, shape: (usize, usize)) -> std::result::Result<Self, result::CublasError> {
+        Self::rows(dtype, shape, None)
     }
 }
 

@@ -448,6 +448,21 @@ impl View {
         Ok(View { address: tensor_address(op, &tensor)?, dtype: tensor.dtype(), _tensor: tensor })
     }
 
+    /// The rows of a tensor [.., d] and the elements from one to the next: columns cut out of a wider tensor are read
+    /// where they lie, if every row begins aligned.
+    pub fn rows(op: &'static str, t: &Tensor) -> Result<(Self, Option<usize>)> {
+        let (dims, strides) = (t.dims(), t.stride());
+        let aligned = |elements: usize| (elements * t.dtype().size_in_bytes()).is_multiple_of(16);
+        if let (false, [.., row, 1]) = (t.is_contiguous(), strides) {
+            let even = (0..dims.len() - 2).all(|axis| strides[axis] == strides[axis + 1] * dims[axis + 1]);
+            let address = element_address(op, t, t.layout().start_offset())?;
+            if even && aligned(*row) && address % 16 == 0 {
+                return Ok((View { address, dtype: t.dtype(), _tensor: t.clone() }, Some(*row)));
+            }
+        }
+        Ok((View::new(op, t)?, None))
+    }
+
     /// Whether `new` takes the tensor as it is.
     pub fn direct(op: &'static str, t: &Tensor) -> Result<bool> {
         Ok(t.is_contiguous() && tensor_address(op, t)? % 16 == 0)
@@ -464,12 +479,17 @@ impl View {
 
 /// Where a contiguous tensor begins in the card's memory.
 pub(crate) fn tensor_address(op: &'static str, t: &Tensor) -> Result<u64> {
-    let (storage, layout) = t.storage_and_layout();
+    let Some((start, _)) = t.layout().contiguous_offsets() else {
+        return Err(error(op, format!("a tensor {:?} is not contiguous", t.shape())));
+    };
+    element_address(op, t, start)
+}
+
+/// Where the element `start` of a tensor's memory is.
+fn element_address(op: &'static str, t: &Tensor, start: usize) -> Result<u64> {
+    let (storage, _) = t.storage_and_layout();
     let Storage::Cuda(cuda) = &*storage else {
         return Err(error(op, format!("a tensor {:?} is not on the card", t.shape())));
-    };
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        return Err(error(op, format!("a tensor {:?} is not contiguous", t.shape())));
     };
     let stream = cuda.device.cuda_stream();
     let base = match t.dtype() {

@@ -8,7 +8,7 @@ use super::cuda::{self, Times};
 use super::{check_backward, check_forward, cost, times};
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
-use crate::{gate, num, Cost, Op, Result};
+use crate::{fp8, gate, num, Cost, Op, Result};
 
 /// `y = base + x·Wᵀ`.
 pub struct LinearAdd;
@@ -30,6 +30,18 @@ pub struct LinearBackwardAdd;
 pub struct LinearBackwardAddArgs<'a> {
     pub dy: &'a Tensor,
     pub weight_oi: &'a Tensor,
+    pub base: Tensor,
+    /// Dtype of the result.
+    pub out: DType,
+}
+
+/// [`LinearBackwardAdd`] with an fp8 weight.
+pub struct LinearFp8BackwardAdd;
+
+/// `dy` [.., o], `weight` holding [o, i], `base` [.., i]; the result is like `base` and may be written over it.
+pub struct LinearFp8BackwardAddArgs<'a> {
+    pub dy: &'a Tensor,
+    pub weight: &'a fp8::Weight,
     pub base: Tensor,
     /// Dtype of the result.
     pub out: DType,
@@ -90,6 +102,35 @@ impl Op for LinearBackwardAdd {
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearBackwardAddArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
         let (op, weight_oi) = (Self::NAME, cuda::Weight::Dense(a.weight_oi));
+        let times = Times { op, left: a.dy, weight_oi, transposed: false, bias: None, add: Some(&a.base), out: a.out };
+        cuda::times(gpu, &times, compute)
+    }
+}
+
+impl Op for LinearFp8BackwardAdd {
+    type Args<'a> = LinearFp8BackwardAddArgs<'a>;
+    type Out = Tensor;
+    const NAME: &'static str = "linear_fp8_backward_add";
+
+    fn check(a: &LinearFp8BackwardAddArgs<'_>) -> Result<()> {
+        let [o, i] = a.weight.shape();
+        check_backward(Self::NAME, a.dy, o, a.out)?;
+        check_base(Self::NAME, &a.base, a.dy, i)
+    }
+
+    fn cost(a: &LinearFp8BackwardAddArgs<'_>) -> Cost {
+        let Cost { flops, bytes } = cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.out);
+        Cost { flops, bytes: bytes + gate::bytes(&a.base) }
+    }
+
+    fn reference(a: &LinearFp8BackwardAddArgs<'_>, compute: DType) -> Result<Tensor> {
+        let dx = times(a.dy, &a.weight.dequantize()?, None, DType::F32, compute)?;
+        Ok((num::f32(&a.base)? + dx)?.to_dtype(a.out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(a: &LinearFp8BackwardAddArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
+        let (op, weight_oi) = (Self::NAME, cuda::Weight::Fp8(a.weight));
         let times = Times { op, left: a.dy, weight_oi, transposed: false, bias: None, add: Some(&a.base), out: a.out };
         cuda::times(gpu, &times, compute)
     }

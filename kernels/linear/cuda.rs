@@ -40,7 +40,7 @@ pub(super) fn times(gpu: &Gpu, t: &Times<'_>, compute: DType) -> Result<Tensor> 
         Some(add) if add.dtype() == result && t.out == result && View::direct(t.op, add)? => add.clone(),
         _ => gpu.empty(shape, result)?,
     };
-    let left = operand(gpu, t.op, t.left, compute)?;
+    let (left, stride) = View::rows(t.op, &cast(gpu, t.op, t.left, compute)?)?;
     let (weight, address) = match t.weight_oi {
         Weight::Dense(w) => {
             let view = operand(gpu, t.op, w, compute)?;
@@ -55,10 +55,11 @@ pub(super) fn times(gpu: &Gpu, t: &Times<'_>, compute: DType) -> Result<Tensor> 
         rows: t.left.elem_count() / inner,
         columns,
         inner,
-        left: Matrix { address: left.address, transposed: false },
-        right: Matrix { address, transposed: t.transposed },
+        left: Matrix { address: left.address, transposed: false, stride },
+        right: Matrix { address, transposed: t.transposed, stride: None },
         operands: compute,
         out: View::new(t.op, &y)?.address,
+        out_stride: None,
         result,
         bias: bias.as_ref().map(|v| v.address),
         add: add.as_ref().map(|v| v.address),
@@ -86,10 +87,11 @@ pub(crate) fn plain_product(gpu: &Gpu, p: &Plain) -> Result<()> {
         rows: p.rows,
         columns: p.columns,
         inner: p.inner,
-        left: Matrix { address: p.x, transposed: false },
-        right: Matrix { address: p.weight_oi, transposed: true },
+        left: Matrix { address: p.x, transposed: false, stride: None },
+        right: Matrix { address: p.weight_oi, transposed: true, stride: None },
         operands: p.dtype,
         out: p.out,
+        out_stride: None,
         result: p.dtype,
         bias: p.bias,
         add: p.add,
@@ -100,20 +102,57 @@ pub(crate) fn plain_product(gpu: &Gpu, p: &Plain) -> Result<()> {
 pub(super) fn weight_grad(op: &'static str, gpu: &Gpu, x: &Tensor, dy: &Tensor, compute: DType) -> Result<Tensor> {
     let (i, o) = (super::last(x), super::last(dy));
     let dw_oi = gpu.empty((o, i), DType::F32)?;
-    let (x_view, dy_view) = (operand(gpu, op, x, compute)?, operand(gpu, op, dy, compute)?);
+    let (x_view, x_stride) = View::rows(op, &cast(gpu, op, x, compute)?)?;
+    let (dy_view, dy_stride) = View::rows(op, &cast(gpu, op, dy, compute)?)?;
     gpu.blas().run(&Product {
         rows: o,
         columns: i,
         inner: x.elem_count() / i,
-        left: Matrix { address: dy_view.address, transposed: true },
-        right: Matrix { address: x_view.address, transposed: false },
+        left: Matrix { address: dy_view.address, transposed: true, stride: dy_stride },
+        right: Matrix { address: x_view.address, transposed: false, stride: x_stride },
         operands: compute,
         out: View::new(op, &dw_oi)?.address,
+        out_stride: None,
         result: DType::F32,
         bias: None,
         add: None,
     })?;
     Ok(dw_oi)
+}
+
+/// `dys[j] · ups[j]` side by side, in `compute`.
+pub(super) fn stack_backward(
+    op: &'static str,
+    gpu: &Gpu,
+    dys: &[&Tensor],
+    ups_or: &[Tensor],
+    compute: DType,
+) -> Result<Tensor> {
+    let width: usize = ups_or.iter().map(super::last).sum();
+    let mut shape = dys[0].dims().to_vec();
+    shape[dys[0].rank() - 1] = width;
+    let dh = gpu.empty(shape, compute)?;
+    let mut out = View::new(op, &dh)?.address;
+    for (dy, up_or) in dys.iter().zip(ups_or) {
+        let (o, r) = up_or.dims2()?;
+        let (left, stride) = View::rows(op, &cast(gpu, op, dy, compute)?)?;
+        let right = operand(gpu, op, up_or, compute)?;
+        gpu.blas().run(&Product {
+            rows: dy.elem_count() / o,
+            columns: r,
+            inner: o,
+            left: Matrix { address: left.address, transposed: false, stride },
+            right: Matrix { address: right.address, transposed: false, stride: None },
+            operands: compute,
+            out,
+            out_stride: Some(width),
+            result: compute,
+            bias: None,
+            add: None,
+        })?;
+        out += (r * compute.size_in_bytes()) as u64;
+    }
+    Ok(dh)
 }
 
 /// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`.
@@ -236,18 +275,35 @@ const RANK: usize = 16;
 
 /// A matrix in `dtype` with zeros behind its rows (`axis` 0) or columns (1), up to a multiple of [`RANK`].
 pub(super) fn padded(gpu: &Gpu, t: &Tensor, dtype: DType, axis: usize) -> Result<Tensor> {
-    const OP: &str = "low_rank";
     let (rows, columns) = t.dims2()?;
-    let (tall, wide) = match axis {
-        0 => (rows.next_multiple_of(RANK), columns),
-        _ => (rows, columns.next_multiple_of(RANK)),
+    let y = match axis {
+        0 => gpu.empty((rows.next_multiple_of(RANK), columns), dtype)?,
+        _ => gpu.empty((rows, columns.next_multiple_of(RANK)), dtype)?,
     };
-    let y = gpu.empty((tall, wide), dtype)?;
-    let n = tall * wide;
-    let (from, to) = (View::new(OP, t)?, View::new(OP, &y)?);
-    let args = [Arg::tensor(&from), Arg::tensor(&to), Arg::i32(rows), Arg::i32(columns), Arg::i32(wide), Arg::i64(n)];
-    gpu.launch("linear/cast", "pad", Launch::over(n, 1), &args)?;
+    pad(gpu, t, &y)?;
     Ok(y)
+}
+
+/// Matrices [r, i] one below the other, each with zeros behind its rows up to a multiple of [`RANK`].
+pub(super) fn stacked(gpu: &Gpu, parts_ri: &[&Tensor], dtype: DType) -> Result<Tensor> {
+    let tall = |t: &Tensor| t.dims()[0].next_multiple_of(RANK);
+    let y = gpu.empty((parts_ri.iter().map(|t| tall(t)).sum::<usize>(), super::last(parts_ri[0])), dtype)?;
+    let mut at = 0;
+    for t in parts_ri {
+        pad(gpu, t, &y.narrow(0, at, tall(t))?)?;
+        at += tall(t);
+    }
+    Ok(y)
+}
+
+/// `t` in the upper left corner of `y`, zeros elsewhere. `y` begins aligned: so does every [`RANK`]th row.
+fn pad(gpu: &Gpu, t: &Tensor, y: &Tensor) -> Result<()> {
+    const OP: &str = "low_rank";
+    let ((rows, columns), (_, wide)) = (t.dims2()?, y.dims2()?);
+    debug_assert!(View::direct(OP, y)?, "what is written has to lie in y itself");
+    let (from, to, n) = (View::new(OP, t)?, View::new(OP, y)?, y.elem_count());
+    let args = [Arg::tensor(&from), Arg::tensor(&to), Arg::i32(rows), Arg::i32(columns), Arg::i32(wide), Arg::i64(n)];
+    gpu.launch("linear/cast", "pad", Launch::over(n, 1), &args)
 }
 
 /// `dst += src`, both contiguous F32 of one size; `dst` may be a part of a larger buffer.

@@ -21,7 +21,12 @@ use cuda::Times;
 
 pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
 
-pub use add::{LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs};
+pub use add::{
+    LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs, LinearFp8BackwardAdd, LinearFp8BackwardAddArgs,
+};
+
+mod stack;
+pub use stack::{LinearStackBackward, LinearStackBackwardArgs, Stack};
 
 impl crate::Exec {
     /// A tensor of any float dtype and shape in the compute dtype; itself where it is already.

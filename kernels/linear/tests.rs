@@ -175,3 +175,37 @@ fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
     assert!(y[1].iter().all(|v| *v == 0.0));
     assert!(y[2].iter().all(|v| v.is_finite()));
 }
+
+#[test]
+fn an_addition_in_the_product_is_the_sum_of_both() {
+    let weight = Weight::quantize(&normal(2, &[24, 64]), Granularity::Block).unwrap();
+    let (dy, base) = (normal(1, &[2, 5, 24]), normal(3, &[2, 5, 64]));
+    let args = LinearFp8BackwardArgs { dy: &dy, weight: &weight, out: DType::F32 };
+    let want = (Exec::cpu().run::<LinearFp8Backward>(&args).unwrap() + &base).unwrap();
+    let args = LinearFp8BackwardAddArgs { dy: &dy, weight: &weight, base, out: DType::F32 };
+    assert_bits(&Exec::cpu().run::<LinearFp8BackwardAdd>(&args).unwrap(), &want);
+    let args = LinearFp8BackwardAddArgs { dy: &dy, weight: &weight, base: normal(3, &[2, 5, 63]), out: DType::F32 };
+    assert!(refused(Exec::cpu().run::<LinearFp8BackwardAdd>(&args)).contains("base has shape [2, 5, 63]"));
+}
+
+#[test]
+fn loras_side_by_side_are_each_of_them() {
+    let exec = Exec::cpu();
+    let (downs, ups) = ([normal(1, &[3, 10]), normal(2, &[5, 10])], [normal(3, &[7, 3]), normal(4, &[6, 5])]);
+    let stack = Stack::new(&exec, &[(&downs[0], &ups[0]), (&downs[1], &ups[1])]).unwrap();
+    assert_eq!(stack.parts().collect::<Vec<_>>(), [(0, 3), (3, 5)]);
+    let (x, dys) = (normal(5, &[2, 9, 10]), [normal(6, &[2, 9, 7]), normal(7, &[2, 9, 6])]);
+    let h = linear(&x, &stack.down_ri, None);
+    let dh = LinearStackBackwardArgs { dys: &dys.each_ref(), ups_or: &stack.ups_or };
+    let dh = exec.run::<LinearStackBackward>(&dh).unwrap();
+    assert_eq!((h.dims(), dh.dims()), ([2, 9, 8].as_slice(), [2, 9, 8].as_slice()));
+    for (j, (at, r)) in stack.parts().enumerate() {
+        assert_close(&h.narrow(2, at, r).unwrap(), &linear(&x, &downs[j], None), 1e-6);
+        let args = LinearBackwardArgs { dy: &dys[j], weight_oi: &ups[j], out: DType::F32 };
+        assert_close(&dh.narrow(2, at, r).unwrap(), &exec.run::<LinearBackward>(&args).unwrap(), 1e-6);
+    }
+    let args = LinearStackBackwardArgs { dys: &[&dys[0]], ups_or: &stack.ups_or };
+    assert!(refused(exec.run::<LinearStackBackward>(&args)).contains("dys has shape [1]"));
+    let args = LinearStackBackwardArgs { dys: &[&dys[0], &dys[0]], ups_or: &stack.ups_or };
+    assert!(refused(exec.run::<LinearStackBackward>(&args)).contains("dys has shape [2, 9, 7]"));
+}

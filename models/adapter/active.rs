@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use wan_kernels::Exec;
 
-use super::{Adapter, Adapters, At, Dropout, WeightDelta};
+use super::{Adapter, Adapters, At, Dropout, Lora, WeightDelta};
 use crate::linear::add;
 use crate::wan::GradSink;
 use crate::Result;
@@ -24,6 +24,19 @@ impl<'a> Active<'a> {
         match dropout.skip {
             true => Ok(None),
             false => Ok(Some(Self { adapter, site: site.to_string(), dropout })),
+        }
+    }
+
+    /// The module name, for the gradient sink.
+    pub fn site(&self) -> &str {
+        &self.site
+    }
+
+    /// The LoRA, where it is one and nothing masks its low-rank activation in this step.
+    pub fn plain_lora(&self) -> Option<&'a Lora> {
+        match (self.adapter, &self.dropout.neuron, &self.dropout.rank) {
+            (Adapter::Lora(lora), None, None) => Some(lora),
+            _ => None,
         }
     }
 

@@ -19,6 +19,7 @@ use super::{BlockPlan, BlockWeights, GradSink, Numerics, SavePolicy};
 use crate::adapter::Adapters;
 use crate::arch::WanArch;
 use crate::linear::{add, LinearOut};
+use crate::siblings::{Siblings, SiblingsOut};
 use crate::Result;
 
 /// What every block of one pass reads.
@@ -108,21 +109,22 @@ impl Block<'_> {
             Some(attn) => (None, attn),
             None => {
                 let h1_bld = self.modulated(x_bld, mods, SHIFT_SA, SCALE_SA)?;
-                let [q, k, v] = self.qkv(w, &h1_bld)?;
+                let qkv = self.qkv(w, &h1_bld)?.forward(&h1_bld)?;
                 drop(h1_bld);
+                let [q, k, v] = &qkv.ys;
                 if probe.is_on() {
                     let i = self.index;
                     probe.see_in_block(i, "modulation_plus_e0", &mods.of_first_token()?)?;
                     let norm1 = norm_only(self.exec, x_bld, &mods.get(SHIFT_SA)?, self.arch.eps, DType::F32)?;
                     probe.see_in_block(i, "norm1", &norm1)?;
-                    probe.see_in_block(i, "self_attn.q_linear", &q.y)?;
-                    probe.see_in_block(i, "self_attn.q_normed", &self.rms(&q.y, &sa.norm_q)?)?;
-                    probe.see_in_block(i, "self_attn.k_normed", &self.rms(&k.y, &sa.norm_k)?)?;
-                    probe.see(&format!("rope_applied_block{i}_q"), &self.rope(&q.y, &sa.norm_q)?)?;
+                    probe.see_in_block(i, "self_attn.q_linear", q)?;
+                    probe.see_in_block(i, "self_attn.q_normed", &self.rms(q, &sa.norm_q)?)?;
+                    probe.see_in_block(i, "self_attn.k_normed", &self.rms(k, &sa.norm_k)?)?;
+                    probe.see(&format!("rope_applied_block{i}_q"), &self.rope(q, &sa.norm_q)?)?;
                 }
-                let [q_blnh, k_blnh, v_blnh] = self.rotated(w, [&q.y, &k.y, &v.y])?;
+                let [q_blnh, k_blnh, v_blnh] = self.rotated(w, [q, k, v])?;
                 let attn = self.attend(&q_blnh, &k_blnh, &v_blnh)?;
-                (Some([q, k, v]), attn)
+                (Some(qkv), attn)
             }
         };
         let o = self.linear("self_attn.o", &sa.o, &self.tokens(&attn.o_blnh)?)?;
@@ -131,14 +133,16 @@ impl Block<'_> {
         Ok((SelfAttention { qkv, attn, o }, x1_bld))
     }
 
-    /// Queries, keys and values before norm and rotation.
-    fn qkv(&self, w: &BlockWeights, h1_bld: &Tensor) -> Result<[LinearOut; 3]> {
+    /// The linears that make queries, keys and values, for an input like `h1`.
+    fn qkv<'b>(&'b self, w: &'b BlockWeights, h1_bld: &Tensor) -> Result<Siblings<'b, 3>> {
         let sa = &w.self_attn;
-        Ok([
-            self.linear("self_attn.q", &sa.q, h1_bld)?,
-            self.linear("self_attn.k", &sa.k, h1_bld)?,
-            self.linear("self_attn.v", &sa.v, h1_bld)?,
-        ])
+        Ok(Siblings {
+            sites: [
+                self.site("self_attn.q", &sa.q, h1_bld)?,
+                self.site("self_attn.k", &sa.k, h1_bld)?,
+                self.site("self_attn.v", &sa.v, h1_bld)?,
+            ],
+        })
     }
 
     /// Queries, keys and values as attention reads them, `[b, l, n, h]`.
@@ -270,36 +274,19 @@ impl Block<'_> {
         let do_bld = self.linear_backward("self_attn.o", &sa.o, &o_bld, o_h.as_ref(), &da_bld, sink)?;
         drop((da_bld, o_bld, o_h));
         let h1_bld = self.modulated(&x_bld, &mods, SHIFT_SA, SCALE_SA)?;
-        let [q, k, v] = match qkv {
+        let branches = self.qkv(w, &h1_bld)?;
+        let SiblingsOut { ys: [q_bld, k_bld, v_bld], low } = match qkv {
             Some(qkv) => qkv,
-            None => self.qkv(w, &h1_bld)?,
+            None => branches.forward(&h1_bld)?,
         };
-        let rotated = self.rotated(w, [&q.y, &k.y, &v.y])?;
+        let rotated = self.rotated(w, [&q_bld, &k_bld, &v_bld])?;
         let d = self.attend_backward(rotated.each_ref(), &attn, &self.heads(&do_bld)?)?;
-        drop((rotated, do_bld, attn, v.y));
-        let dq_bld = self.rope_backward(&q.y, &sa.norm_q, &d.dq_blnh)?;
-        let dk_bld = self.rope_backward(&k.y, &sa.norm_k, &d.dk_bmnh)?;
+        drop((rotated, do_bld, attn, v_bld));
+        let dq_bld = self.rope_backward(&q_bld, &sa.norm_q, &d.dq_blnh)?;
+        let dk_bld = self.rope_backward(&k_bld, &sa.norm_k, &d.dk_bmnh)?;
         let dv_bld = d.dv_bmnh.flatten_from(2)?;
-        drop((q.y, k.y, d));
-        let branches = [
-            ("self_attn.q", &sa.q, q.h, dq_bld),
-            ("self_attn.k", &sa.k, k.h, dk_bld),
-            ("self_attn.v", &sa.v, v.h, dv_bld),
-        ];
-        if !need_dx {
-            for (name, frozen, h, dy_bld) in branches {
-                self.site(name, frozen, &h1_bld)?.backward_params(&h1_bld, h.as_ref(), &dy_bld, sink)?;
-            }
-            return Ok(None);
-        }
-        let mut dh1_bld: Option<Tensor> = None;
-        for (name, frozen, h, dy_bld) in branches {
-            let share = self.linear_backward(name, frozen, &h1_bld, h.as_ref(), &dy_bld, sink)?;
-            dh1_bld = Some(match dh1_bld {
-                Some(sum) => add(self.exec, &sum, &share)?,
-                None => share,
-            });
-        }
+        drop((q_bld, k_bld, d));
+        let dh1_bld = branches.backward(&h1_bld, low, [dq_bld, dk_bld, dv_bld], need_dx, sink)?;
         drop(h1_bld);
         dh1_bld.map(|dh1_bld| self.modulated_backward(&x_bld, &mods, SCALE_SA, &dh1_bld, &dx1_bld)).transpose()
     }

@@ -6,6 +6,7 @@ use wan_kernels::Exec;
 
 use super::Home;
 use crate::linear::LinearOut;
+use crate::siblings::SiblingsOut;
 use crate::Result;
 
 /// Output and log-sum-exp of one attention.
@@ -20,7 +21,7 @@ pub(super) struct AttnOut {
 /// are applied again in backward, which halves what "keep all" keeps.
 pub(super) struct SelfAttention {
     /// Outputs of q, k and v; missing where attention was kept: backward then needs them last, and makes them then.
-    pub qkv: Option<[LinearOut; 3]>,
+    pub qkv: Option<SiblingsOut<3>>,
     pub attn: AttnOut,
     pub o: LinearOut,
 }
@@ -169,10 +170,7 @@ impl KeyValue {
 impl Products {
     fn map(&self, f: Change) -> Result<Self> {
         let Self { self_attn, cross_attn, cross_bld, ffn } = self;
-        let qkv = match &self_attn.qkv {
-            Some([q, k, v]) => Some([mapped(q, f)?, mapped(k, f)?, mapped(v, f)?]),
-            None => None,
-        };
+        let qkv = self_attn.qkv.as_ref().map(|qkv| qkv.map(f)).transpose()?;
         let self_attn = SelfAttention { qkv, attn: self_attn.attn.map(f)?, o: mapped(&self_attn.o, f)? };
         let cross_attn = CrossAttention {
             q: mapped(&cross_attn.q, f)?,

@@ -107,7 +107,7 @@ mod on_card {
             return Err(UserError::new("bench measures a card; this run computes on the CPU").into());
         };
         match options.what {
-            BenchWhat::Ops if options.check => checked(gpu),
+            BenchWhat::Ops if options.check => checked(gpu, options.group.as_deref()),
             BenchWhat::Ops => ops(gpu, &job, exec.compute(), options),
             BenchWhat::Steps => {
                 gpu.use_portable(options.portable);
@@ -119,8 +119,13 @@ mod on_card {
         }
     }
 
-    fn checked(gpu: &Gpu) -> anyhow::Result<ExitCode> {
-        let rows = check::all(gpu)?;
+    fn checked(gpu: &Gpu, group: Option<&str>) -> anyhow::Result<ExitCode> {
+        let rows = check::all(gpu, group)?;
+        if rows.is_empty() {
+            return Err(
+                UserError::new(format!("this card has no kernels of the group {}", group.unwrap_or("all"))).into()
+            );
+        }
         let wrong: Vec<_> = rows.iter().filter(|r| !r.right).collect();
         for row in &wrong {
             println!("WRONG {:28} {:40} error {:.2e}, naive {:.2e}", row.op, row.case, row.error, row.naive);
