@@ -235,7 +235,9 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
     // Ranks that are filled up, columns that are read and written where they lie in a wider matrix.
     for (l, i, ranks) in [(1, 64, [16, 16, 16]), (97, 192, [42, 7, 42]), (1025, 320, [4, 48, 16])] {
         c.run("linear_stack", &format!("[1, {l}, {i}], ranks {ranks:?}"), ALL, &|p| {
-            let weight = |seed, shape: &[usize]| (p.full(seed, shape)? * 0.1)?.to_dtype(p.rounded)?.to_dtype(p.held);
+            let weight = |seed, shape: &[usize]| -> Result<Tensor> {
+                Ok((p.full(seed, shape)? * 0.1)?.to_dtype(p.rounded)?.to_dtype(p.held)?)
+            };
             let downs = [weight(1, &[ranks[0], i])?, weight(2, &[ranks[1], i])?, weight(3, &[ranks[2], i])?];
             let ups = [weight(4, &[96, ranks[0]])?, weight(5, &[320, ranks[1]])?, weight(6, &[33, ranks[2]])?];
             let stack = Stack::new(&p.exec, &[(&downs[0], &ups[0]), (&downs[1], &ups[1]), (&downs[2], &ups[2])])?;

@@ -20,7 +20,8 @@ pub(super) enum Kind<'a> {
     },
 }
 
-/// Chunks of 1024 values that a kernel holds a row in.
+/// Chunks of 1024 values that a forward kernel holds a row in. Backward kernels hold it in two chunks of twice as many
+/// threads as that.
 const CHUNKS: [usize; 5] = [1, 2, 3, 5, 8];
 
 /// Whether a kernel takes rows of `d` (and heads of `h`).
@@ -142,7 +143,8 @@ pub(super) fn backward(
         Arg::i32(d),
         Arg::f32(eps as f32),
     ];
-    let name = format!("{}_bwd_{}", kind.name(), chunks(d));
-    gpu.launch("norm/norm", &name, Launch::blocks((rows, 1, 1), 128), &args)?;
+    let threads = 64 * chunks(d);
+    let name = format!("{}_bwd_{threads}", kind.name());
+    gpu.launch("norm/norm", &name, Launch::blocks((rows, 1, 1), threads as u32), &args)?;
     Ok(dx)
 }

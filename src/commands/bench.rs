@@ -224,7 +224,8 @@ mod on_card {
         let arch = &job.model.arch;
         let spec = residency(&planned);
         let weights =
-            synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast)?;
+            synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast);
+        let weights = weights.map_err(|e| explain(exec, &planned.memory, e))?;
         let steps = options.steps + 2;
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
         let prepared = (ready - clock).as_secs_f64();
@@ -248,7 +249,8 @@ mod on_card {
         let streamed = residency(&planned).streamed(arch.num_layers);
         let source = Source::open(&path)?;
         let opened = clock.elapsed();
-        let weights = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &streamed)?;
+        let weights = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &streamed);
+        let weights = weights.map_err(|e| explain(exec, &planned.memory, e))?;
         gpu.synchronize()?;
         let loaded = clock.elapsed();
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, 2)?;
@@ -381,8 +383,8 @@ mod on_card {
         let arch = &job.model.arch;
         let [w, h, f] = super::pixels(&options.case)?;
         let numerics = if job.config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
-        let model = WanModel::new(arch.clone(), rest, numerics)?;
         let explain = |e| explain(exec, &planned.memory, e);
+        let model = WanModel::new(arch.clone(), rest, numerics).map_err(|e| explain(e.into()))?;
         let (residency, note) = Residency::on(exec, blocks, residency(planned)).map_err(explain)?;
         note.iter().for_each(|note| eprintln!("note: {note}"));
         let save_plan = SavePlan::per_block(planned.arrangement.saving.clone());

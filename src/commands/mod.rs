@@ -35,6 +35,10 @@ use pair::Runs;
 
 /// Runs a verb to its end.
 pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
+    dispatch(invocation).map_err(plan::explain_unplanned)
+}
+
+fn dispatch(invocation: Invocation) -> anyhow::Result<ExitCode> {
     match invocation {
         Invocation::Run(typed) => run::run(&Runs::of(&typed)?),
         Invocation::Cache { typed, what } => cache::run(Runs::of(&typed)?.first(), what),

@@ -129,6 +129,18 @@ pub fn explain(exec: &Exec, memory: &plan::Memory, e: anyhow::Error) -> anyhow::
     e
 }
 
+/// The same for work that has no plan of its own, as caching; an error that is explained already stays as it is.
+pub fn explain_unplanned(e: anyhow::Error) -> anyhow::Error {
+    if !out_of_memory(&e) || e.downcast_ref::<UserError>().is_some() {
+        return e;
+    }
+    // A backtrace may follow.
+    let text = format!("{e:#}");
+    UserError::new(format!("the card is out of memory: {}", text.lines().next().unwrap_or_default()))
+        .hint("close what else uses the card (nvidia-smi lists it) and run the same command again; what is done stays done")
+        .into()
+}
+
 /// Whether an error is the driver's or the allocator's lack of device memory.
 #[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code))]
 fn out_of_memory(e: &anyhow::Error) -> bool {
@@ -300,11 +312,23 @@ fn largest(buckets: impl Iterator<Item = (BucketKey, usize)>) -> anyhow::Result<
 mod tests {
     use anyhow::anyhow;
 
-    use super::out_of_memory;
+    use super::{explain_unplanned, out_of_memory};
+    use crate::error::UserError;
 
     #[test]
     fn lack_of_memory_is_told_from_other_errors() {
         assert!(out_of_memory(&anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")").context("step 3")));
         assert!(!out_of_memory(&anyhow!("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)")));
+    }
+
+    #[test]
+    fn work_without_a_plan_says_what_to_do_once() {
+        let raw = || anyhow!("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")\n  0: backtrace");
+        let said = format!("{:#}", explain_unplanned(raw()));
+        assert!(said.contains("the card is out of memory") && said.contains("hint: close"), "{said}");
+        assert!(!said.contains("backtrace"), "{said}");
+        let explained: anyhow::Error = UserError::new("the card is out of memory: 3 GiB were planned").into();
+        assert_eq!(format!("{:#}", explain_unplanned(explained)), "the card is out of memory: 3 GiB were planned");
+        assert_eq!(format!("{:#}", explain_unplanned(anyhow!("no such file"))), "no such file");
     }
 }

@@ -95,7 +95,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let mut loaded = Vec::with_capacity(dits.len());
     for of in dits.iter().zip(&sources) {
         let (rest, blocks) = weights::load(job, &config, of, exec.device(), &streamed).map_err(explain)?;
-        let model = WanModel::new(job.model.arch.clone(), rest, numerics)?;
+        let model = WanModel::new(job.model.arch.clone(), rest, numerics).map_err(|e| explain(e.into()))?;
         let (residency, note) = Residency::on(&exec, blocks, plan.residency()).map_err(explain)?;
         note.iter().for_each(|note| say(&format!("note: {note}")));
         loaded.push((model, residency));
