@@ -152,8 +152,8 @@ impl Blas {
         let b_layout = Layout::rows(types.0, if b.transposed { (n, k) } else { (k, n) }, b.stride)?;
         let d_layout = Layout::rows(types.1, (m, n), p.out_stride)?;
         let add = p.add.unwrap_or(p.out);
-        let strides = [a.stride, b.stride].iter().flatten().fold(0, |all, s| all | s * p.operands.size_in_bytes());
-        let strides = strides | p.out_stride.unwrap_or(0) * p.result.size_in_bytes();
+        let strides = [a.stride, b.stride].iter().flatten().fold(0, |all, s| all | (s * p.operands.size_in_bytes()));
+        let strides = strides | (p.out_stride.unwrap_or(0) * p.result.size_in_bytes());
         let all = a.address | b.address | p.out | add | p.bias.unwrap_or(0) | strides as u64;
         let [a_row, b_row, d_row] = [a.stride, b.stride, p.out_stride].map(|stride| stride.unwrap_or(0));
         let key = Key {

@@ -89,7 +89,7 @@ mod on_card {
     use crate::loader::Source;
     use crate::plan::{self, RunShape, Target};
     use crate::residency::{Residency, ResidencySpec};
-    use crate::train::{Items, MicroStep, Observer, Parts, TrainSettings, Trainer};
+    use crate::train::{Items, MicroStep, Models, Observer, Parts, TrainSettings, Trainer};
 
     const GIB: f64 = (1u64 << 30) as f64;
     /// Rows of a prompt of usual length.
