@@ -398,8 +398,7 @@ mod on_card {
             shape: super::latent([w, h, f]),
             text: arch.text_dim,
         };
-        let models = Models::one(&model, &residency);
-        let parts = Parts { exec, models, save_plan: &save_plan, items: &items };
+        let parts = Parts { exec, models: Models::one(&model, &residency), save_plan: &save_plan, items: &items };
         let trainer = Trainer::new(parts, settings, Identity::default(), serde_json::Value::Null);
         let mut trainer = trainer.map_err(explain)?;
         gpu.synchronize()?;

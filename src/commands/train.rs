@@ -227,7 +227,7 @@ fn announce(job: &Job, config: &RunConfig, trainer: &Trainer) {
     ));
     job.progress.say(&format!("learning rate: {}", lr.join(", ")));
     if let Some(boundary) = trainer.settings().shared_boundary {
-        let from = 1000.0 * boundary;
+        let from = (1e6 * boundary).round() / 1e3;
         job.progress.say(&format!(
             "one LoRA over both experts: a batch whose first timestep is at least {from} goes to the high-noise DiT, any other to the low-noise one"
         ));

@@ -153,8 +153,9 @@ impl<'a> Watch<'a> {
         let one = |which: usize| {
             let losses: Vec<f64> = points.iter().filter_map(|p| p.experts[which]).collect();
             let share = 100.0 * losses.len() as f64 / points.len().max(1) as f64;
-            let mean = losses.iter().sum::<f64>() / losses.len() as f64;
-            let mean = if losses.is_empty() { String::new() } else { format!(", mean loss {mean:.5}") };
+            let finite: Vec<f64> = losses.iter().copied().filter(|loss| loss.is_finite()).collect();
+            let mean = finite.iter().sum::<f64>() / finite.len() as f64;
+            let mean = if finite.is_empty() { String::new() } else { format!(", mean loss {mean:.5}") };
             (EXPERTS[which], format!("{} of {} steps ({share:.0} %){mean}", losses.len(), points.len()))
         };
         if self.shared {

@@ -149,9 +149,13 @@ fn resumed_and_streamed_it_ends_the_same_and_other_models_are_refused() {
 
     let state = whole.outputs("-000001-state").remove(0).to_string_lossy().into_owned();
     let resumed = |args: &[&str]| shared(&whole, "", &[&["--resume", &state], args].concat()).output().unwrap();
-    let out = resumed(&["--output_name", "again", "--blocks_to_swap", "2"]);
-    assert!(out.status.success() && text(&out).contains("resuming"), "{}", text(&out));
-    assert_eq!(read(&lora(&whole, "again")).0, want);
+    let out = resumed(&["--blocks_to_swap", "2"]);
+    let said = text(&out);
+    assert!(out.status.success() && said.contains("resuming"), "{said}");
+    assert_eq!(read(&lora(&whole, "two-shared-")).0, want);
+    // The experts' shares are those of the whole run.
+    let steps = lines(&whole).len();
+    assert_eq!(said.matches(&format!(" of {steps} steps (")).count(), 2, "{steps} steps:\n{said}");
 
     let other = "base/models/other_high.safetensors";
     std::fs::copy(whole.path("base/models/demo_dit_high.safetensors"), whole.path(other)).unwrap();
@@ -160,12 +164,15 @@ fn resumed_and_streamed_it_ends_the_same_and_other_models_are_refused() {
     refused(&resumed(&["--noise_level", "low"]), 1, &["base model", "from 0.75 on"]);
 }
 
+fn into(said: &str, which: &str) -> bool {
+    said.contains(&format!("at strength 1 into the {which}-noise DiT"))
+}
+
 #[test]
-fn loras_are_merged_into_both_models_and_in_compatibility_mode_into_one() {
+fn loras_are_merged_into_both_models() {
     let bench = bench();
     run(&bench, &["--epochs", "1", "--output_name", "first"]);
     let first = lora(&bench, "first-shared-").to_string_lossy().into_owned();
-    let into = |said: &str, which: &str| said.contains(&format!("at strength 1 into the {which}-noise DiT"));
     let merged = ["--epochs", "1", "--base_weights", &first, "--save_merged", "new/merged.safetensors"];
     let said = run(&bench, &[&merged[..], &["--output_name", "second"]].concat());
     assert!(into(&said, "low") && into(&said, "high"), "{said}");
@@ -173,19 +180,55 @@ fn loras_are_merged_into_both_models_and_in_compatibility_mode_into_one() {
     assert_ne!(read(&bench.path(files[0])).0, read(&bench.path(files[1])).0);
     run(&bench, &["--epochs", "1", "--dit", files[0], "--dit_high_noise", files[1], "--output_name", "third"]);
     assert_eq!(read(&lora(&bench, "second-shared-")).0, read(&lora(&bench, "third-shared-")).0);
+}
 
+#[test]
+fn loras_are_merged_into_one_model_where_that_is_meant() {
+    let bench = bench();
+    run(&bench, &["--epochs", "1", "--output_name", "first"]);
+    let first = lora(&bench, "first-shared-").to_string_lossy().into_owned();
+    // Its own for the high expert, and none for the low one.
+    let own = ["--epochs", "1", "--base_weights_high_noise", &first, "--output_name", "second"];
+    let said = run(&bench, &own);
+    assert!(into(&said, "high") && !into(&said, "low"), "{said}");
     let merged = ["--epochs", "1", "--base_weights", &first, "--save_merged", "old/merged.safetensors"];
-    let said = run(&bench, &[&merged[..], &["--output_name", "fourth", "--musubi_compat"]].concat());
+    let said = run(&bench, &[&merged[..], &["--output_name", "third", "--musubi_compat"]].concat());
     assert!(into(&said, "low") && !into(&said, "high"), "{said}");
     assert!(said.contains("nothing is merged into the high-noise DiT"), "{said}");
     assert_eq!(find(&bench.path("old"), ".safetensors").len(), 1);
-    // Its own for the high expert, and none for the low one.
-    let own = ["--epochs", "1", "--base_weights_high_noise", &first, "--output_name", "fifth"];
-    let said = run(&bench, &own);
-    assert!(into(&said, "high") && !into(&said, "low"), "{said}");
     let wrong = ["--base_weights_high_noise", "nowhere.safetensors"];
     let out = shared(&bench, "", &wrong).output().unwrap();
     refused(&out, 1, &["nowhere.safetensors", "--base_weights_high_noise"]);
+}
+
+#[test]
+fn a_step_of_several_batches_tells_the_loss_of_either_expert() {
+    let bench = bench();
+    run(&bench, &["--epochs", "3", "--gradient_accumulation_steps", "4"]);
+    let (lines, mut both) = (lines(&bench), 0);
+    assert_eq!(lines.len(), 6);
+    for line in &lines {
+        let samples: Vec<(f64, f64)> = line["samples"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| (s[0].as_f64().unwrap(), s[1].as_f64().unwrap()))
+            .collect();
+        assert_eq!(samples.len(), 4);
+        let mut experts = 0;
+        for (tag, is_high) in [("loss/high", true), ("loss/low", false)] {
+            let own: Vec<f64> = samples.iter().filter(|s| (s.0 >= 750.0) == is_high).map(|s| s.1).collect();
+            match line[tag].as_f64() {
+                None => assert!(own.is_empty(), "{line}"),
+                Some(loss) => {
+                    assert!((own.iter().sum::<f64>() / own.len() as f64 - loss).abs() < 1e-4, "{line}");
+                    experts += 1;
+                }
+            }
+        }
+        both += usize::from(experts == 2);
+    }
+    assert!(both > 0, "no step had batches of both");
 }
 
 fn typed(flags: &[(&'static str, &str)]) -> Typed {
