@@ -21,6 +21,7 @@ use half::{bf16, f16};
 
 use super::blas::Blas;
 pub use super::copy::Pinned;
+use super::pool;
 pub use super::stash::Staging;
 use super::stash::Stash;
 use crate::{Error, Result};
@@ -99,7 +100,7 @@ impl Gpu {
         let stream = device.cuda_stream();
         let copies = context.new_stream().map_err(|e| failed(&e))?;
         let leaving = context.new_stream().map_err(|e| failed(&e))?;
-        keep_pool(&context).map_err(|e| failed(&e))?;
+        pool::keep(&context).map_err(|e| failed(&e))?;
         let inner = Arc::new(Inner {
             blas: Blas::new(&stream)?,
             device,
@@ -188,8 +189,8 @@ impl Gpu {
         let shape = shape.into();
         let (n, device) = (shape.elem_count(), &self.0.device);
         // SAFETY: the callers' kernels write every element before anything reads it, in stream order.
-        let storage = unsafe {
-            match dtype {
+        let storage = self.with_room(&|| unsafe {
+            Ok(match dtype {
                 DType::F32 => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
                 DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(n)?, device.clone()),
                 DType::F16 => CudaStorage::wrap_cuda_slice(device.alloc::<f16>(n)?, device.clone()),
@@ -197,9 +198,24 @@ impl Gpu {
                 DType::U32 => CudaStorage::wrap_cuda_slice(device.alloc::<u32>(n)?, device.clone()),
                 DType::F64 => CudaStorage::wrap_cuda_slice(device.alloc::<f64>(n)?, device.clone()),
                 got => return Err(Error::Dtype { op: NAME, tensor: "empty", got, want: "a dtype that kernels write" }),
-            }
-        };
+            })
+        })?;
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    }
+
+    /// What `alloc` gives; where the card has no room, once more after everything issued is done and the pool has handed
+    /// back what nobody uses. The pool reuses freed memory only piece by piece, so a card can be full of pieces too small
+    /// while there is room enough in all of them.
+    fn with_room<T>(&self, alloc: &dyn Fn() -> Result<T>) -> Result<T> {
+        match alloc() {
+            Err(e) if e.to_string().contains("OUT_OF_MEMORY") => {
+                let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
+                let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
+                emptied.and_then(|()| pool::trim(self.0.stream.context())).map_err(|e| error(NAME, e.to_string()))?;
+                alloc()
+            }
+            done => done,
+        }
     }
 
     /// A buffer of at least `bytes`, the same for every call with this name: valid until the next such call, whose work
@@ -209,9 +225,12 @@ impl Gpu {
         let fits = all.get(name).is_some_and(|s| s.len() >= bytes);
         if !fits {
             all.remove(name);
-            // SAFETY: scratch is written before it is read, by contract.
-            let fresh = unsafe { self.0.stream.alloc::<u8>(bytes) };
-            all.insert(name, fresh.map_err(|e| error(NAME, format!("{bytes} bytes of scratch: {e}")))?);
+            let fresh = self.with_room(&|| {
+                // SAFETY: scratch is written before it is read, by contract.
+                let fresh = unsafe { self.0.stream.alloc::<u8>(bytes) };
+                fresh.map_err(|e| error(NAME, format!("{bytes} bytes of scratch: {e}")))
+            })?;
+            all.insert(name, fresh);
         }
         Ok(address(&all[name], &self.0.stream))
     }
@@ -273,7 +292,7 @@ impl Gpu {
         let context = self.0.stream.context();
         let read = || -> std::result::Result<Memory, result::DriverError> {
             let (free, total) = context.mem_get_info()?;
-            let at = |attribute| pool_value(context, attribute);
+            let at = |attribute| pool::value(context, attribute);
             Ok(Memory {
                 used: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
                 peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
@@ -287,7 +306,7 @@ impl Gpu {
 
     /// The peaks start again from what is in use now.
     pub fn reset_peak(&self) -> Result<()> {
-        let set = |attribute| set_pool_value(self.0.stream.context(), attribute, 0);
+        let set = |attribute| pool::set(self.0.stream.context(), attribute, 0);
         set(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
             .and_then(|()| set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH))
             .map_err(|e| error(NAME, e.to_string()))
@@ -506,33 +525,6 @@ fn element_address(op: &'static str, t: &Tensor, start: usize) -> Result<u64> {
 
 fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
     slice.device_ptr(stream).0
-}
-
-/// The pool keeps what is freed: nothing goes back to the driver within a run, so nothing is asked for twice.
-fn keep_pool(context: &CudaContext) -> std::result::Result<(), result::DriverError> {
-    set_pool_value(context, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
-}
-
-fn pool_value(context: &CudaContext, attribute: CUmemPool_attribute) -> std::result::Result<u64, result::DriverError> {
-    let mut value = 0u64;
-    // SAFETY: the device is open; these attributes are 64-bit values.
-    unsafe {
-        let pool = result::device::get_mem_pool(context.cu_device())?;
-        sys::cuMemPoolGetAttribute(pool, attribute, (&mut value as *mut u64).cast()).result()?;
-    }
-    Ok(value)
-}
-
-fn set_pool_value(
-    context: &CudaContext,
-    attribute: CUmemPool_attribute,
-    mut value: u64,
-) -> std::result::Result<(), result::DriverError> {
-    // SAFETY: as in `pool_value`.
-    unsafe {
-        let pool = result::device::get_mem_pool(context.cu_device())?;
-        sys::cuMemPoolSetAttribute(pool, attribute, (&mut value as *mut u64).cast()).result()
-    }
 }
 
 pub(crate) fn error(op: &'static str, what: String) -> Error {
