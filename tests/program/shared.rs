@@ -390,4 +390,16 @@ fn a_command_line_of_the_old_tool_means_what_it_meant() {
         experts[usize::from(is_high)] += 1;
     }
     assert!(sizes.contains(&2) && experts[0] > 0 && experts[1] > 0, "{sizes:?} {experts:?}");
+
+    // A side that one draw in a hundred reaches: step 7 of this seed draws it once and not in a hundred draws after that.
+    let line =
+        line.replace("boundary 750", "boundary 970").replace("seed 1", "seed 2").replace("_dir out", "_dir rare");
+    let out = wan_train(&bench.path(".")).arg("musubi").args(line.split_whitespace()).output().unwrap();
+    let said = text(&out);
+    assert!(said.contains("warning: step 7: no timesteps of the high-noise expert were found"), "{said}");
+    let log = std::fs::read_to_string(find(&bench.path("rare"), ".jsonl").remove(0)).unwrap();
+    let step: Value = serde_json::from_str(log.lines().nth(6).unwrap()).unwrap();
+    let samples = step["samples"].as_array().unwrap();
+    assert!(samples.iter().any(|s| s[0].as_f64().unwrap() < 970.0), "{step}");
+    assert!(step["loss/low"].is_null() && step["loss/high"] == step["loss/current"], "{step}");
 }
