@@ -80,6 +80,8 @@ pub struct BenchOptions {
     pub project: Option<String>,
     /// `start` only: the checkpoint; made when it is missing.
     pub file: Option<PathBuf>,
+    /// `start` only: with a LoRA of the Lightning form merged, which lies beside the checkpoint.
+    pub lightning: bool,
     /// `ops` only: hold every kernel against its definition instead of timing it.
     pub check: bool,
     /// Of these only one group, see `wan_kernels::CHECK_GROUPS`.
@@ -148,6 +150,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
                 json: m.get_flag("json"),
                 check: m.get_flag("check"),
                 group: m.get_one::<String>("group").cloned(),
+                lightning: m.get_flag("lightning"),
                 file: m.get_one::<PathBuf>("file").cloned(),
                 project: m.get_one::<String>("project").cloned(),
                 portable: m.get_flag("portable"),
@@ -255,6 +258,7 @@ pub fn command() -> Command {
                         .value_parser(clap::value_parser!(PathBuf))
                         .help("With `start`: the fp16 checkpoint; random weights are written there when it is missing"),
                 )
+                .arg(flag("lightning", "With `start`: merge a random LoRA of rank 64 for every linear, made beside the checkpoint"))
                 .arg(flag("check", "With `ops`: hold every kernel against its definition"))
                 .arg(
                     Arg::new("group")

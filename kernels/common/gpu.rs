@@ -22,8 +22,8 @@ use half::{bf16, f16};
 use super::blas::Blas;
 pub use super::copy::Pinned;
 use super::pool;
-pub use super::stash::Staging;
 use super::stash::Stash;
+pub use super::stash::{Staging, Unloading};
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));

@@ -155,6 +155,43 @@ impl Staging {
     }
 }
 
+/// Reads tensors of a card that no longer change back to host memory, on a stream of its own: from any thread, beside
+/// whatever the card computes.
+pub struct Unloading {
+    gpu: Gpu,
+    stream: Arc<CudaStream>,
+    slab: Slab,
+}
+
+impl Unloading {
+    /// Sees what was issued to the compute stream before. Tensors go through `bytes` of pinned memory.
+    pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
+        gpu.bind()?;
+        let stream = gpu.stream().context().new_stream().map_err(failed)?;
+        stream.join(gpu.stream()).map_err(failed)?;
+        Ok(Self { gpu: gpu.clone(), stream, slab: Slab::new(bytes.max(1))?.0 })
+    }
+
+    /// The bytes of a contiguous tensor.
+    pub fn read(&mut self, from: &Tensor) -> Result<Vec<u8>> {
+        self.gpu.bind()?;
+        let (start, whole) = (tensor_address(NAME, from)?, from.elem_count() * from.dtype().size_in_bytes());
+        let mut out = Vec::with_capacity(whole);
+        while out.len() < whole {
+            let len = self.slab.bytes.min(whole - out.len());
+            let (source, target) = (start + out.len() as u64, self.slab.start as *mut c_void);
+            // SAFETY: the range is within the tensor, which the caller holds and nobody writes; the slab has room and is
+            // used by this copy alone, which is awaited before the slab is read.
+            let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(target, source, len, self.stream.cu_stream()) }.result();
+            copied.map_err(failed)?;
+            self.stream.synchronize().map_err(failed)?;
+            // SAFETY: the slab owns this memory, and the copy has filled the first `len` bytes.
+            out.extend_from_slice(unsafe { std::slice::from_raw_parts(self.slab.start as *const u8, len) });
+        }
+        Ok(out)
+    }
+}
+
 impl State {
     /// The smallest free slab of at least `bytes`; a new one in place of a free one that is too small.
     fn take(&mut self, bytes: usize) -> Result<Slab> {

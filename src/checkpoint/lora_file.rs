@@ -3,7 +3,7 @@
 
 use super::lora_keys::{classify, classify_compat, Form, Part};
 use crate::error::UserError;
-use crate::loader::Source;
+use crate::loader::{Fetch, Source};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -200,24 +200,48 @@ impl LoraFile {
         self.diffs.keys().map(String::as_str)
     }
 
-    fn read(&self, key: &str) -> Result<Tensor> {
+    fn read(&self, key: &str, fetch: Fetch) -> Result<Tensor> {
         match &self.store {
-            Store::File(source) => source.read(key, &Device::Cpu),
             Store::Memory(tensors) => Ok(tensors[key].clone()),
+            Store::File(source) => match fetch(source, key)? {
+                Some(there) => Ok(there),
+                None => source.read(key, &Device::Cpu),
+            },
         }
+    }
+
+    /// The open file, unless the tensors are in memory.
+    pub fn source(&self) -> Option<&Source> {
+        match &self.store {
+            Store::File(source) => Some(source),
+            Store::Memory(_) => None,
+        }
+    }
+
+    /// Keys in the file of what is added to a tensor of the model, in the order in which they are read: factors (not
+    /// alpha, a single number), the difference.
+    pub fn keys_for(&self, tensor: &str) -> impl Iterator<Item = &str> {
+        let module = tensor.strip_suffix(".weight").and_then(|module| self.modules.get(module));
+        let factors = module.into_iter().flat_map(|entry| entry.factors.values());
+        factors.chain(self.diffs.get(tensor)).map(String::as_str)
     }
 
     /// Reads one module's adapter; `None` where the file does not adapt it.
     pub fn module(&self, name: &str) -> Result<Option<LoraModule>> {
+        self.module_from(name, &|_, _| Ok(None))
+    }
+
+    /// The same, with factors from whoever has read them already.
+    pub fn module_from(&self, name: &str, fetch: Fetch) -> Result<Option<LoraModule>> {
         let Some(entry) = self.modules.get(name) else { return Ok(None) };
         let mut factors = BTreeMap::new();
         for (suffix, key) in &entry.factors {
-            factors.insert(*suffix, self.read(key)?);
+            factors.insert(*suffix, self.read(key, fetch)?);
         }
         let alpha = match &entry.alpha {
             None => None,
             Some(key) => {
-                let t = self.read(key)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                let t = self.read(key, &|_, _| Ok(None))?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
                 match t.as_slice() {
                     [a] if a.is_finite() => Some(*a),
                     _ => return Err(self.refuse(format!("{key} is no number"), "save the LoRA again")),
@@ -231,7 +255,12 @@ impl LoraFile {
 
     /// Reads the difference to a tensor of the model, in the file's dtype.
     pub fn diff(&self, tensor: &str) -> Result<Option<Tensor>> {
-        self.diffs.get(tensor).map(|key| self.read(key)).transpose()
+        self.diff_from(tensor, &|_, _| Ok(None))
+    }
+
+    /// The same; see [`Self::module_from`].
+    pub fn diff_from(&self, tensor: &str, fetch: Fetch) -> Result<Option<Tensor>> {
+        self.diffs.get(tensor).map(|key| self.read(key, fetch)).transpose()
     }
 
     /// Every rank in the file; more than one means that modules differ.

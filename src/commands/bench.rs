@@ -3,8 +3,8 @@
 
 use std::process::ExitCode;
 
-use super::project;
-use crate::cli::BenchOptions;
+use super::{bench_start, project};
+use crate::cli::{BenchOptions, BenchWhat};
 use crate::config::Typed;
 use crate::error::UserError;
 
@@ -46,9 +46,10 @@ fn defaults(typed: &mut Typed) {
 
 pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
     defaults(&mut typed);
-    match &options.project {
-        Some(card) => project::run(&typed, card, options.json),
-        None => measure(typed, options),
+    match (&options.project, options.what) {
+        (Some(card), _) => project::run(&typed, card, options.json),
+        (None, BenchWhat::Start) => bench_start::run(typed, options),
+        (None, _) => measure(typed, options),
     }
 }
 
@@ -63,7 +64,7 @@ fn measure(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
 }
 
 #[cfg(feature = "cuda")]
-mod on_card {
+pub mod on_card {
     use std::collections::BTreeMap;
     use std::process::ExitCode;
     use std::sync::atomic::AtomicBool;
@@ -86,7 +87,6 @@ mod on_card {
     use crate::commands::{synthetic, weights};
     use crate::config::Typed;
     use crate::error::UserError;
-    use crate::loader::Source;
     use crate::plan::{self, RunShape, Target};
     use crate::residency::{Residency, ResidencySpec};
     use crate::train::{Items, MicroStep, Models, Observer, Parts, TrainSettings, Trainer};
@@ -97,9 +97,7 @@ mod on_card {
 
     pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
         typed.flags.entry("device").or_insert_with(|| vec!["cuda".into()]);
-        let steps = if options.what == BenchWhat::Start { 2 } else { options.steps + 2 };
-        let steps = steps.to_string();
-        typed.flags.insert("max_train_steps", vec![steps]);
+        typed.flags.insert("max_train_steps", vec![(options.steps + 2).to_string()]);
         let job = Job::new(&typed)?;
         let exec = job.exec()?;
         weights::check_fast(&job.config, &exec)?;
@@ -113,7 +111,7 @@ mod on_card {
                 gpu.use_portable(options.portable);
                 train(gpu, &job, &exec, options)
             }
-            BenchWhat::Start => start(gpu, &job, &exec, options),
+            BenchWhat::Start => unreachable!("has a file of its own"),
             BenchWhat::Fast => fast(gpu, &job, &exec, options),
             BenchWhat::Cache => super::super::bench_cache::run(gpu, &exec, options),
         }
@@ -193,10 +191,10 @@ mod on_card {
     }
 
     /// Times of the steps; a profile of the last one.
-    struct Clock<'a> {
+    pub struct Clock<'a> {
         gpu: &'a Gpu,
-        seconds: Vec<f64>,
-        losses: Vec<f32>,
+        pub seconds: Vec<f64>,
+        pub losses: Vec<f32>,
         skipped: usize,
         profiled: u64,
         peak: u64,
@@ -231,46 +229,6 @@ mod on_card {
         let prepared = (ready - clock).as_secs_f64();
         let classes = gpu.finish_profile()?;
         report(gpu, job, options, &planned, &watch, &classes, prepared, tokens)
-    }
-
-    /// From a 28 GB fp16 file to the end of the first step, part by part.
-    fn start(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
-        let arch = &job.model.arch;
-        let path = options.file.clone().ok_or_else(|| {
-            UserError::usage("bench start needs a file")
-                .hint("add --file FILE; 28 GB are written there when it is missing")
-        })?;
-        if !path.exists() {
-            eprintln!("writing random fp16 weights to {}", path.display());
-            synthetic::write(arch, &path)?;
-        }
-        let clock = Instant::now();
-        let (planned, _, settings) = plan_for(job, exec, options)?;
-        let streamed = residency(&planned).streamed(arch.num_layers);
-        let source = Source::open(&path)?;
-        let opened = clock.elapsed();
-        let weights = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &streamed);
-        let weights = weights.map_err(|e| explain(exec, &planned.memory, e))?;
-        gpu.synchronize()?;
-        let loaded = clock.elapsed();
-        let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, 2)?;
-        let (ready, first) = ((ready - clock).as_secs_f64(), watch.seconds[0]);
-        let row = json!({
-            "case": options.case, "bench": "start", "card": gpu.card().name, "commit": env!("WAN_COMMIT"),
-            "file_gib": source.total_bytes() as f64 / GIB, "open_s": opened.as_secs_f64(),
-            "load_s": (loaded - opened).as_secs_f64(), "ready_s": ready, "first_step_s": first,
-            "start_s": ready + first, "second_step_s": watch.seconds.get(1), "losses": watch.losses,
-        });
-        match options.json {
-            true => println!("{row}"),
-            false => println!(
-                "opened {:.2} s, loaded {:.2} s, ready {ready:.2} s, first step done {:.2} s after the start",
-                opened.as_secs_f64(),
-                loaded.as_secs_f64(),
-                ready + first
-            ),
-        }
-        Ok(ExitCode::SUCCESS)
     }
 
     /// Loss and adapter gradients of one item with `--fp8_fast` against those without it, on the same random weights.
@@ -342,13 +300,17 @@ mod on_card {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn residency(planned: &plan::Plan) -> ResidencySpec {
+    pub fn residency(planned: &plan::Plan) -> ResidencySpec {
         let a = &planned.arrangement;
         ResidencySpec { blocks_to_swap: a.blocks_to_swap as usize, ring_size: a.ring_size as usize }
     }
 
     /// The plan for a case, its tokens, and what the configuration says about training.
-    fn plan_for(job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<(plan::Plan, u64, TrainSettings)> {
+    pub fn plan_for(
+        job: &Job,
+        exec: &Exec,
+        options: &BenchOptions,
+    ) -> anyhow::Result<(plan::Plan, u64, TrainSettings)> {
         let arch = &job.model.arch;
         let shape = super::latent(super::pixels(&options.case)?);
         let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
@@ -371,7 +333,7 @@ mod on_card {
     }
 
     /// Trains `steps` steps on random items; also when everything was ready for the first.
-    fn steps_of<'a>(
+    pub fn steps_of<'a>(
         gpu: &'a Gpu,
         job: &Job,
         exec: &Exec,

@@ -3,17 +3,20 @@
 mod bench;
 #[cfg(feature = "cuda")]
 mod bench_cache;
+mod bench_start;
 mod cache;
 mod check;
 mod demo;
 mod init_dataset;
 mod job;
+mod keep;
 mod lora;
 mod machine;
 mod musubi;
 mod pair;
 mod plan;
 mod project;
+mod random_files;
 mod run;
 mod save;
 mod setup;

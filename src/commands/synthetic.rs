@@ -1,50 +1,14 @@
-//! Random weights in a real model's shapes: on a card, for measuring without any file; and as a checkpoint, for what only a
-//! file of the real size shows.
+//! Random weights in a real model's shapes, on a card: for measuring without any file.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-use safetensors::Dtype;
 use wan_kernels::fp8;
 use wan_kernels::gpu::Gpu;
-use wan_kernels::philox::Philox;
 use wan_models::arch::WanArch;
 use wan_models::keys;
 use wan_models::linear::Weight;
 use wan_models::wan::{BlockWeights, WanWeights};
-
-use crate::fsio::{write_safetensors, TensorOut};
-
-/// Writes every tensor of the architecture in fp16 under its official name: matrices N(0, 0.012²), norms near 1, the
-/// rest near 0. All tensors of a kind are the same random numbers, so little memory makes a large file.
-pub fn write(arch: &WanArch, path: &Path) -> Result<()> {
-    let expected = keys::expected(arch);
-    let elements = |shape: &[usize]| shape.iter().product::<usize>();
-    let largest = expected.iter().map(|e| elements(&e.shape)).max().unwrap_or(1);
-    let pool = |stream: u32, mean: f32, deviation: f32, count: usize| -> Result<Vec<u8>> {
-        let normal = Philox::new(1, stream, 0, 0).normal(&[count], &Device::Cpu)?.to_vec1::<f32>()?;
-        let values: Vec<f16> = normal.into_iter().map(|x| f16::from_f32(mean + deviation * x)).collect();
-        Ok(bytemuck::cast_slice(values.reinterpret_cast()).to_vec())
-    };
-    let widest = expected.iter().filter(|e| e.shape.len() == 1).map(|e| e.shape[0]).max().unwrap_or(1);
-    let matrices = pool(0, 0.0, 0.012, largest)?;
-    let (norms, biases) = (pool(1, 1.0, 0.1, widest)?, pool(2, 0.0, 0.02, widest)?);
-    let tensors = expected.iter().map(|e| {
-        let from = match e.shape.len() {
-            1 if e.key.ends_with("bias") => &biases,
-            1 => &norms,
-            _ => &matrices,
-        };
-        let data = Cow::Borrowed(&from[..2 * elements(&e.shape)]);
-        TensorOut { name: e.key.clone(), dtype: Dtype::F16, shape: e.shape.clone(), data }
-    });
-    write_safetensors(path, tensors.collect(), &BTreeMap::new())
-}
 
 /// Random weights of the model's shapes, made on the card: matrices N(0, 1/inputs), blocks' linears in fp8 with
 /// 16-bit scales; blocks that will stream go to host memory.

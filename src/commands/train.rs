@@ -12,7 +12,7 @@ use super::pair::Runs;
 use super::plan;
 use super::save::{self, Checkpoints};
 use super::watch::{Background, Watch};
-use super::weights;
+use super::weights::{self, Loaded};
 use crate::adapter::start;
 use crate::cache::CacheIndex;
 use crate::checkpoint::store::{newest_checkpoint, require_file};
@@ -92,9 +92,11 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let streamed = plan.residency().streamed(job.model.arch.num_layers);
     let explain = |e| plan.explain(&exec, e);
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
-    let mut loaded = Vec::with_capacity(dits.len());
+    let (mut loaded, mut keeping) = (Vec::with_capacity(dits.len()), Vec::new());
     for of in dits.iter().zip(&sources) {
-        let (rest, blocks) = weights::load(job, &config, of, exec.device(), &streamed).map_err(explain)?;
+        let weights = weights::load(job, &config, of, exec.device(), &streamed).map_err(explain)?;
+        let Loaded { rest, blocks, keeping: this } = weights;
+        keeping.extend(this);
         let model = WanModel::new(job.model.arch.clone(), rest, numerics).map_err(|e| explain(e.into()))?;
         let (residency, note) = Residency::on(&exec, blocks, plan.residency()).map_err(explain)?;
         note.iter().for_each(|note| say(&format!("note: {note}")));
@@ -136,6 +138,9 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();
     let outcome = outcome.map_err(explain)?;
+    if let Outcome::Finished { .. } = outcome {
+        keeping.into_iter().for_each(|keeping| keeping.finish(job));
+    }
     plan.measured(&exec).iter().for_each(|line| say(line));
     Ok(conclude(job, &watch, outcome))
 }

@@ -8,6 +8,7 @@ use wan_models::arch::{ModelFile, Role};
 use wan_models::wan::{BlockWeights, WanWeights};
 
 use super::job::{Dit, Job};
+use super::keep::{self, Keeping};
 use super::setup;
 use crate::checkpoint::LoraFile;
 use crate::config::{Layer, RunConfig};
@@ -55,6 +56,14 @@ pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The DiT's weights, loaded.
+pub struct Loaded {
+    pub rest: WanWeights,
+    pub blocks: Vec<BlockWeights>,
+    /// They are being written to disk for the next start.
+    pub keeping: Option<Keeping>,
+}
+
 /// Reads the weights tensor by tensor to where they will be: blocks that stream to host memory, all others to `device`.
 #[tracing::instrument(level = "debug", skip_all, name = "load the DiT")]
 pub fn load(
@@ -63,8 +72,8 @@ pub fn load(
     (dit, source): (&Dit, &Source),
     device: &Device,
     streamed: &[usize],
-) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
-    let options = LoadOptions {
+) -> anyhow::Result<Loaded> {
+    let mut options = LoadOptions {
         fp8: fp8(config),
         fast: config.fp8_fast,
         merges: merges(job, dit)?,
@@ -72,6 +81,7 @@ pub fn load(
         device: device.clone(),
         ..LoadOptions::new(&job.model.arch, &config.task)
     };
+    let place = keep::find(job, config, source, &mut options);
     let total = source.keys().count() as u64;
     let what = match dit.expert {
         None => "loading the DiT",
@@ -90,7 +100,9 @@ pub fn load(
         });
         Ok(())
     })?;
-    Ok((rest, blocks))
+    drop(task);
+    let keeping = place.and_then(|place| Keeping::start(job, place, &blocks));
+    Ok(Loaded { rest, blocks, keeping })
 }
 
 /// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted.

@@ -1,5 +1,6 @@
-//! Reading a checkpoint ahead of its use, straight into pinned memory and on to a card: several threads read pieces in
-//! the order of use while the card gets and quantises those before.
+//! Reading checkpoints ahead of their use, straight into pinned memory and on to a card: several threads read pieces in
+//! the order of use (a weight of the model, then what LoRAs add to it) while the card gets, merges and quantises those
+//! before.
 //!
 //! A thread takes a buffer first and the next piece then, so the piece that is needed next always has a buffer; one that
 //! nobody has taken is read by whoever asks for it. No order of asking can therefore get stuck.
@@ -24,18 +25,18 @@ const SPARE: usize = 4;
 
 /// A part of a tensor.
 #[derive(Debug)]
-struct Piece {
+struct Piece<'a> {
+    source: &'a Source,
     key: String,
     offset: usize,
     len: usize,
 }
 
-/// Tensors of a checkpoint on their way to a card.
+/// Tensors of several files on their way to a card.
 pub struct Ahead<'a> {
-    source: &'a Source,
     gpu: &'a Gpu,
-    pieces: Vec<Piece>,
-    ranges: HashMap<String, Range<usize>>,
+    pieces: Vec<Piece<'a>>,
+    ranges: HashMap<(FileOf, String), Range<usize>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -49,24 +50,32 @@ struct State {
     ended: bool,
 }
 
+/// Which open file: sources are borrowed as long as they are read from, so they stay where they are.
+type FileOf = usize;
+
+fn file_of(source: &Source) -> FileOf {
+    std::ptr::from_ref(source).addr()
+}
+
 impl<'a> Ahead<'a> {
-    /// `keys` of the file in the order in which they will be asked for; those that are no plain fp32, fp16 or bf16
-    /// tensors are passed over.
-    pub fn new(source: &'a Source, gpu: &'a Gpu, keys: impl IntoIterator<Item = String>) -> Result<Self> {
+    /// Keys of files in the order in which they will be asked for, each once; those that are no plain fp32, fp16, bf16 or
+    /// e4m3 tensors are passed over. All of them must be asked for: one that is not keeps its buffers.
+    pub fn new(gpu: &'a Gpu, wanted: impl IntoIterator<Item = (&'a Source, String)>) -> Result<Self> {
         let (mut pieces, mut ranges) = (Vec::new(), HashMap::new());
-        for key in keys {
+        for (source, key) in wanted {
             let Some(bytes) = source.plain(&key).and_then(|dtype| of_candle(dtype).and(source.byte_len(&key))) else {
                 continue;
             };
             let first = pieces.len();
             let starts = (0..bytes).step_by(PIECE);
-            pieces.extend(starts.map(|offset| Piece { key: key.clone(), offset, len: PIECE.min(bytes - offset) }));
-            ranges.insert(key, first..pieces.len());
+            let piece = |offset| Piece { source, key: key.clone(), offset, len: PIECE.min(bytes - offset) };
+            pieces.extend(starts.map(piece));
+            ranges.insert((file_of(source), key), first..pieces.len());
         }
         let free = (0..READERS + SPARE).map(|_| Ok(Staging::new(gpu, PIECE)?)).collect::<Result<Vec<_>>>()?;
         let claimed = vec![false; pieces.len()];
         let state = Mutex::new(State { next: 0, claimed, read: HashMap::new(), free, ended: false });
-        Ok(Self { source, gpu, pieces, ranges, state, changed: Condvar::new() })
+        Ok(Self { gpu, pieces, ranges, state, changed: Condvar::new() })
     }
 
     /// Runs `body` while threads read ahead.
@@ -82,11 +91,11 @@ impl<'a> Ahead<'a> {
         })
     }
 
-    /// The tensor on the card, in the file's dtype; `None` where the file's form does not allow it.
-    pub fn fetch(&self, key: &str) -> Result<Option<Tensor>> {
-        let Some(range) = self.ranges.get(key) else { return Ok(None) };
-        let shape = self.source.shape(key).unwrap_or_default();
-        let dtype = self.source.plain(key).and_then(of_candle).context("a plain tensor changed its dtype")?;
+    /// The tensor on the card, in the file's dtype (e4m3 as its codes); `None` where the file's form does not allow it.
+    pub fn fetch(&self, source: &Source, key: &str) -> Result<Option<Tensor>> {
+        let Some(range) = self.ranges.get(&(file_of(source), key.to_owned())) else { return Ok(None) };
+        let shape = source.shape(key).unwrap_or_default();
+        let dtype = source.plain(key).and_then(of_candle).context("a plain tensor changed its dtype")?;
         let tensor = self.gpu.empty(shape, dtype)?;
         for index in range.clone() {
             let mut staging = self.obtain(index)?;
@@ -141,7 +150,7 @@ impl<'a> Ahead<'a> {
     fn read(&self, index: usize, mut staging: Staging) -> Result<Staging> {
         let piece = &self.pieces[index];
         let room = staging.bytes_mut()?.get_mut(..piece.len).ok_or_else(|| anyhow!("a piece outgrew its buffer"))?;
-        self.source.read_part(&piece.key, piece.offset, room)?;
+        piece.source.read_part(&piece.key, piece.offset, room)?;
         Ok(staging)
     }
 
@@ -166,6 +175,7 @@ fn of_candle(dtype: Dtype) -> Option<DType> {
         Dtype::F32 => Some(DType::F32),
         Dtype::F16 => Some(DType::F16),
         Dtype::BF16 => Some(DType::BF16),
+        Dtype::F8_E4M3 => Some(DType::U8),
         _ => None,
     }
 }

@@ -4,8 +4,9 @@
 //! Everything that can be wrong with a file is found in its header, before data is read: the task, missing or foreign
 //! tensors, shapes, formats of quantisation.
 
-use super::merge::{merge_into, LoraMerge};
-use super::source::Source;
+use super::kept::scale_of;
+use super::merge::{merge_from, LoraMerge};
+use super::source::{Fetch, Source};
 use crate::error::UserError;
 use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor};
@@ -38,6 +39,8 @@ pub struct LoadOptions<'a> {
     /// Weights that end up in fp8 are multiplied with in 8 bit.
     pub fast: bool,
     pub merges: Vec<LoraMerge>,
+    /// The blocks' matrices as an earlier load of the same kind made them: see [`super::KeptFp8`].
+    pub kept: Option<Box<Source>>,
     pub device: Device,
     /// Dtype of what an fp8 file holds outside its matrices, and of fp8 matrices after a merge: bf16, or fp16 where the
     /// run computes in fp16.
@@ -47,7 +50,15 @@ pub struct LoadOptions<'a> {
 impl<'a> LoadOptions<'a> {
     /// The weights as the file has them, on the CPU.
     pub fn new(arch: &'a WanArch, task: &'a str) -> Self {
-        Self { arch, task, fp8: Fp8::Keep, fast: false, merges: Vec::new(), device: Device::Cpu, upcast: DType::BF16 }
+        let device = Device::Cpu;
+        Self { arch, task, fp8: Fp8::Keep, fast: false, merges: Vec::new(), kept: None, device, upcast: DType::BF16 }
+    }
+}
+
+impl LoadOptions<'_> {
+    /// Where the matrix `key` is kept, if it is.
+    fn kept_of(&self, key: &str) -> Option<&Source> {
+        self.kept.as_deref().filter(|kept| key.ends_with(".weight") && kept.contains(key))
     }
 }
 
@@ -58,21 +69,8 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// Loads a whole DiT. `progress` is called after each tensor.
-pub fn load_dit(
-    source: &Source,
-    options: &LoadOptions<'_>,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<(WanWeights, Vec<BlockWeights>)> {
-    let mut blocks = Vec::with_capacity(options.arch.num_layers);
-    let rest = load_dit_by_block(source, options, progress, &mut |_, block| {
-        blocks.push(block);
-        Ok(())
-    })?;
-    Ok((rest, blocks))
-}
-
-/// The same, handing over each block as soon as it is complete, in order: for whoever moves blocks elsewhere.
+/// Loads a DiT, handing over each block as soon as it is complete, in order: for whoever moves blocks elsewhere. What
+/// stands outside the blocks is returned. `progress` is called after each tensor.
 pub fn load_dit_by_block(
     source: &Source,
     options: &LoadOptions<'_>,
@@ -86,18 +84,12 @@ pub fn load_dit_by_block(
     }
     #[cfg(feature = "cuda")]
     if let (Some(gpu), true) = (wan_kernels::gpu::Gpu::of(&options.device), options.fp8 != Fp8::Cast) {
-        let order = keys::expected(options.arch).into_iter().map(|e| e.key);
-        let plain = order.filter(|key| !options.merges.iter().any(|m| m.touches(key)));
-        let raw = plain.filter_map(|key| table.tensors.get(&key).cloned());
-        let ahead = super::ahead::Ahead::new(source, &gpu, raw)?;
-        let fetch = |raw: &str| ahead.fetch(raw);
+        let ahead = super::ahead::Ahead::new(&gpu, table.in_order(source, options))?;
+        let fetch = |source: &Source, raw: &str| ahead.fetch(source, raw);
         return ahead.during(|| load_table(&table, source, options, &fetch, progress, sink));
     }
-    load_table(&table, source, options, &|_| Ok(None), progress, sink)
+    load_table(&table, source, options, &|_, _| Ok(None), progress, sink)
 }
-
-/// A tensor of the file on the computing device, from whoever reads ahead; `None` where nobody does.
-type Fetch<'a> = &'a dyn Fn(&str) -> Result<Option<Tensor>>;
 
 fn load_table(
     table: &DitTable,
@@ -107,7 +99,11 @@ fn load_table(
     progress: &mut dyn FnMut(Progress),
     sink: &mut dyn FnMut(usize, BlockWeights) -> Result<()>,
 ) -> Result<WanWeights> {
-    let total = table.tensors.values().filter_map(|raw| source.byte_len(raw)).sum::<usize>() as u64;
+    let bytes_of = |key: &str| match (options.kept_of(key), table.tensors.get(key)) {
+        (Some(kept), _) => kept.byte_len(key),
+        (None, raw) => raw.and_then(|raw| source.byte_len(raw)),
+    };
+    let total = table.tensors.keys().filter_map(|key| bytes_of(key)).sum::<usize>() as u64;
     let mut done = 0;
     // The getter's error type has no room for ours: it waits here.
     let mut failed = None;
@@ -116,7 +112,7 @@ fn load_table(
             true => e,
             false => e.context(format!("{}: {key} cannot be loaded", source.path().display())),
         });
-        done += table.tensors.get(key).and_then(|raw| source.byte_len(raw)).unwrap_or(0) as u64;
+        done += bytes_of(key).unwrap_or(0) as u64;
         progress(Progress { done, total });
         result.map(|w| if options.fast { w.fast() } else { w }).map_err(|e| {
             let what = format!("{e:#}");
@@ -246,6 +242,32 @@ impl DitTable {
         Ok(())
     }
 
+    /// Everything that [`Self::weight`] will read, in the order in which it will: weights, their scales, what is merged
+    /// into them.
+    #[cfg(feature = "cuda")]
+    fn in_order<'a>(&'a self, source: &'a Source, options: &'a LoadOptions<'_>) -> Vec<(&'a Source, String)> {
+        let mut all = Vec::new();
+        for key in keys::expected(options.arch).into_iter().map(|e| e.key) {
+            let Some(raw) = self.tensors.get(&key) else { continue };
+            if let Some(kept) = options.kept_of(&key) {
+                all.push((kept, key.clone()));
+                all.push((kept, scale_of(&key)));
+                continue;
+            }
+            let coded = source.dtype(raw) == Some(Dtype::F8_E4M3);
+            // Codes of other shapes are decoded on the CPU.
+            if !coded || source.shape(raw).is_some_and(|s| s.len() == 2) {
+                all.push((source, raw.clone()));
+                all.extend(self.scales.get(&key).filter(|_| coded).map(|scale| (source, scale.clone())));
+            }
+            for lora in options.merges.iter().map(|m| &m.file) {
+                let Some(file) = lora.source() else { continue };
+                all.extend(lora.keys_for(&key).map(|raw| (file, raw.to_owned())));
+            }
+        }
+        all
+    }
+
     /// Reads one tensor and makes of it what the options say.
     fn weight(&self, source: &Source, options: &LoadOptions<'_>, fetch: Fetch, key: &str) -> Result<Weight> {
         let Some(raw) = self.tensors.get(key) else {
@@ -255,41 +277,40 @@ impl DitTable {
         let matrix = key.ends_with(".weight") && source.shape(raw).is_some_and(|s| s.len() == 2);
         let quantisable = matrix && keys::is_quantisable(key);
 
-        let touched = options.merges.iter().any(|m| m.touches(key));
-        if let Some(there) = fetch(raw)? {
-            return Ok(match quantisable && options.fp8 == Fp8::Scaled {
-                true => Weight::Fp8(fp8::Weight::quantize(&there, fp8::Granularity::Block)?),
-                false => Weight::Dense(there),
-            });
+        if let Some(kept) = options.kept_of(key) {
+            let codes = codes(kept, key, fetch(kept, key)?)?;
+            let scale = scale(kept, &scale_of(key), fetch, codes.device())?;
+            return Ok(Weight::scaled(to(codes)?, to(scale)?)?);
         }
-        if quantisable && !touched && options.fp8 == Fp8::Scaled {
+        let touched = options.merges.iter().any(|m| m.touches(key));
+        let there = fetch(source, raw)?;
+        if there.is_none() && quantisable && !touched && options.fp8 == Fp8::Scaled {
             if let Some((q, scale)) = quantize_in_pieces(source, raw)? {
                 return Ok(Weight::scaled(to(q)?, to(scale)?)?);
             }
         }
         let coded = source.dtype(raw) == Some(Dtype::F8_E4M3);
-        let base = if coded {
-            let codes = Tensor::from_vec(source.bytes(raw)?, source.shape(raw).unwrap_or_default(), &Device::Cpu)?;
-            let stored = match self.scales.get(key) {
-                Some(scale) => Some(scale_tensor(source, scale)?),
-                None => None,
-            };
-            if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
-                return Ok(match (options.fp8, stored) {
-                    (Fp8::Cast, None) => Weight::cast(to(codes)?)?,
-                    // Without a scale the codes are the values, which any 16-bit dtype holds exactly.
-                    (_, None) => Weight::scaled(to(codes)?, to(Tensor::ones((), options.upcast, &Device::Cpu)?)?)?,
-                    (_, Some(scale)) => Weight::scaled(to(codes)?, to(scale)?)?,
-                });
+        let base = match there {
+            _ if coded => {
+                let codes = codes(source, raw, there)?;
+                let stored = self.scales.get(key).map(|key| scale(source, key, fetch, codes.device())).transpose()?;
+                if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
+                    return Ok(match (options.fp8, stored) {
+                        (Fp8::Cast, None) => Weight::cast(to(codes)?)?,
+                        // Without a scale the codes are the values, which any 16-bit dtype holds exactly.
+                        (_, None) => Weight::scaled(to(codes)?, to(Tensor::ones((), options.upcast, &Device::Cpu)?)?)?,
+                        (_, Some(scale)) => Weight::scaled(to(codes)?, to(scale)?)?,
+                    });
+                }
+                dequantize(&codes, stored)?
             }
-            dequantize(&codes, stored)?
-        } else {
-            match source.read(raw, &Device::Cpu)? {
+            Some(there) => there,
+            None => match source.read(raw, &Device::Cpu)? {
                 t if t.dtype() == DType::F64 => t.to_dtype(DType::F32)?,
                 t => t,
-            }
+            },
         };
-        let base = merge_into(&base, key, &options.merges)?.unwrap_or(base);
+        let base = merge_from(&base, key, &options.merges, fetch)?.unwrap_or(base);
         // Rounded once, behind the sum.
         let base = if coded { base.to_dtype(options.upcast)? } else { base };
         match options.fp8 {
@@ -306,6 +327,25 @@ impl DitTable {
             }
             _ => Ok(Weight::Dense(to(base)?)),
         }
+    }
+}
+
+/// e4m3 codes, read unless they are there.
+fn codes(source: &Source, raw: &str, there: Option<Tensor>) -> Result<Tensor> {
+    match there {
+        Some(codes) => Ok(codes),
+        None => {
+            let shape = source.shape(raw).unwrap_or_default();
+            Ok(Tensor::from_vec(source.bytes(raw)?, shape, &Device::Cpu)?)
+        }
+    }
+}
+
+/// Their scale, beside them.
+fn scale(source: &Source, raw: &str, fetch: Fetch, device: &Device) -> Result<Tensor> {
+    match fetch(source, raw)? {
+        Some(there) => shaped(there),
+        None => Ok(scale_tensor(source, raw)?.to_device(device)?),
     }
 }
 
@@ -343,8 +383,12 @@ fn quantize_in_pieces(source: &Source, raw: &str) -> Result<Option<(Tensor, Tens
 
 /// fp32 values of e4m3 codes of any shape, times a scale of one number, one per row, or one per block of a row.
 pub(super) fn dequantize(codes: &Tensor, scale: Option<Tensor>) -> Result<Tensor> {
-    if let (Some(scale), 2) = (&scale, codes.rank()) {
-        return Ok(fp8::Weight::new(codes.clone(), scale.clone())?.dequantize()?);
+    if codes.rank() == 2 {
+        let scale = match scale {
+            Some(scale) => scale,
+            None => Tensor::ones((), DType::F32, codes.device())?,
+        };
+        return Ok(fp8::Weight::new(codes.clone(), scale)?.dequantize()?);
     }
     let bytes = codes.flatten_all()?.to_vec1::<u8>()?;
     let mut values = vec![0f32; bytes.len()];
@@ -367,7 +411,10 @@ fn encode(t: &Tensor) -> Result<Tensor> {
 
 /// A stored scale in the shape our kernels know: `[]`, `[o, 1]` or `[o, i/b, 1]`.
 pub(super) fn scale_tensor(source: &Source, key: &str) -> Result<Tensor> {
-    let t = source.read(key, &Device::Cpu)?;
+    shaped(source.read(key, &Device::Cpu)?)
+}
+
+fn shaped(t: Tensor) -> Result<Tensor> {
     let t = match t.dtype() {
         DType::F32 | DType::BF16 | DType::F16 => t,
         _ => t.to_dtype(DType::F32)?,

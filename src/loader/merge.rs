@@ -1,6 +1,7 @@
 //! Adding LoRAs to a base weight: `W' = W + strength · (alpha / rank) · up·down`, computed in fp32 and stored in the
 //! base's dtype; without an alpha the factor is `strength`. LoHa, LoKr and whole differences (`.diff`) likewise.
 
+use super::source::Fetch;
 use crate::checkpoint::LoraFile;
 use crate::error::UserError;
 use anyhow::{Context, Result};
@@ -43,21 +44,30 @@ impl LoraMerge {
 /// once, to the base's dtype: whoever has an fp8 base hands over its values in fp32. `None` where no LoRA touches the
 /// tensor.
 pub fn merge_into(base: &Tensor, key: &str, merges: &[LoraMerge]) -> Result<Option<Tensor>> {
+    merge_from(base, key, merges, &|_, _| Ok(None))
+}
+
+/// The same where the base lies (products of factors too), with the LoRAs' tensors from whoever reads ahead.
+pub(super) fn merge_from(base: &Tensor, key: &str, merges: &[LoraMerge], fetch: Fetch) -> Result<Option<Tensor>> {
+    let device = base.device();
     let mut sum: Option<Tensor> = None;
     for merge in merges {
         let module = match key.strip_suffix(".weight") {
-            Some(module) => merge.file.module(module)?,
+            Some(module) => merge.file.module_from(module, fetch)?,
             None => None,
         };
         let named = |e: candle_core::Error| {
             anyhow::Error::new(e).context(format!("{key}: merging {}", merge.file.path().display()))
         };
         let mut deltas = Vec::new();
-        if let Some(module) = module {
+        if let Some(mut module) = module {
+            for factor in module.factors.values_mut() {
+                *factor = factor.to_device(device)?;
+            }
             deltas.push((module.product().map_err(named)?, merge.strength * module.scale()));
         }
-        if let Some(diff) = merge.file.diff(key)? {
-            deltas.push((diff.to_dtype(DType::F32)?, merge.strength));
+        if let Some(diff) = merge.file.diff_from(key, fetch)? {
+            deltas.push((diff.to_device(device)?.to_dtype(DType::F32)?, merge.strength));
         }
         for (delta, factor) in deltas {
             if delta.elem_count() != base.elem_count() || delta.dims()[0] != base.dims()[0] {

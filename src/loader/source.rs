@@ -52,6 +52,9 @@ pub struct Source {
     notes: Vec<String>,
 }
 
+/// A tensor of a file where it is computed with, from whoever reads ahead; `None` where nobody does.
+pub type Fetch<'a> = &'a dyn Fn(&Source, &str) -> Result<Option<Tensor>>;
+
 fn refuse(path: &Path, why: impl std::fmt::Display, hint: &str) -> anyhow::Error {
     UserError::new(format!("{} cannot be loaded: {why}", path.display())).hint(hint).into()
 }

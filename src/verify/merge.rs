@@ -1,7 +1,7 @@
-//! A LoRA merged into base weights, as the old merge script does it.
+//! A LoRA merged into base weights, where the run computes, as the old merge script does it.
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::json::{flag, integer, number};
 use super::line::numbers;
@@ -12,9 +12,13 @@ use crate::loader::merge_map;
 pub fn run(case: &Case<'_>) -> Result<()> {
     let io = case.tensors("")?;
     let (base, want) = (io.part("base."), io.part("merged."));
-    let mut got = base.clone();
+    let on_device = base.iter().map(|(key, t)| Ok((key.clone(), t.to_device(case.exec.device())?)));
+    let mut got = on_device.collect::<Result<std::collections::BTreeMap<_, _>>>()?;
     let lora = LoraFile::from_tensors(&case.stem, io.part("lora."), true)?;
     let changed = merge_map(&mut got, lora, number(&case.json, "strength")?)?;
+    for t in got.values_mut() {
+        *t = t.to_device(&Device::Cpu)?;
+    }
     case.check("what is merged", Tolerance::Exact, |line| {
         line.equal("the number of changed tensors", &changed, &integer(&case.json, "changed")?);
         line.equal("whether anything was", &(changed > 0), &flag(&case.json, "returned")?);

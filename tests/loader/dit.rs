@@ -9,12 +9,12 @@ use wan_models::linear::{Frozen, Weight};
 use wan_models::wan::{BlockWeights, WanWeights};
 use wan_train::checkpoint::LoraFile;
 use wan_train::fsio::{write_safetensors, TensorOut};
-use wan_train::loader::{check_precision, load_dit, DitTable, Fp8, LoadOptions, LoraMerge, Progress, Source};
+use wan_train::loader::{check_precision, load_dit_by_block, DitTable, Fp8, LoadOptions, LoraMerge, Progress, Source};
 
 const CPU: Device = Device::Cpu;
 type Tensors = BTreeMap<String, Tensor>;
 
-fn golden(name: &str) -> (PathBuf, Tensors, WanArch) {
+pub(super) fn golden(name: &str) -> (PathBuf, Tensors, WanArch) {
     let path = golden_dir().join(format!("{name}.weights.safetensors"));
     let tensors: Tensors = candle_core::safetensors::load(&path, &CPU).unwrap().into_iter().collect();
     let arch = arch_of(&tensors);
@@ -31,11 +31,25 @@ fn write(path: &Path, tensors: &Tensors) {
     write_safetensors(path, outs, &BTreeMap::new()).unwrap();
 }
 
-fn load(path: &Path, options: &LoadOptions<'_>) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
-    load_dit(&Source::open(path)?, options, &mut |_| {})
+pub(super) fn load(path: &Path, options: &LoadOptions<'_>) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
+    load_from(&Source::open(path)?, options, &mut |_| {})
 }
 
-fn bytes(t: &Tensor) -> Vec<u8> {
+fn load_from(
+    source: &Source,
+    options: &LoadOptions<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
+    let mut blocks = Vec::new();
+    let rest = load_dit_by_block(source, options, progress, &mut |index, block| {
+        assert_eq!(index, blocks.len());
+        blocks.push(block);
+        Ok(())
+    })?;
+    Ok((rest, blocks))
+}
+
+pub(super) fn bytes(t: &Tensor) -> Vec<u8> {
     TensorOut::of("t", t).unwrap().data.into_owned()
 }
 
@@ -54,7 +68,7 @@ fn dense(w: &Weight) -> &Tensor {
 }
 
 /// Modules of a block with their linears.
-fn linears(i: usize, b: &BlockWeights) -> Vec<(String, &Frozen)> {
+pub(super) fn linears(i: usize, b: &BlockWeights) -> Vec<(String, &Frozen)> {
     let names = match b.cross_attn.image.is_some() {
         true => vec![
             "self_attn.q",
@@ -165,7 +179,7 @@ fn every_packaging_of_the_same_weights_loads_the_same() {
         let (path, tensors, arch) = golden(name);
         let options = LoadOptions::new(&arch, "demo");
         let mut seen = Vec::new();
-        let loaded = load_dit(&Source::open(&path).unwrap(), &options, &mut |p: Progress| seen.push(p)).unwrap();
+        let loaded = load_from(&Source::open(&path).unwrap(), &options, &mut |p: Progress| seen.push(p)).unwrap();
         assert_equal(&loaded, &tensors);
         assert!(seen.windows(2).all(|w| w[0].done < w[1].done));
         assert_eq!(seen.last().unwrap().done, seen[0].total);
@@ -232,7 +246,11 @@ fn codes(t: &Tensor, scale: f32) -> Tensor {
 }
 
 /// A file in ComfyUI's scaled form (old or new names) and the values it stands for.
-fn scaled_file(dir: &Path, tensors: &Tensors, new_names: bool) -> (PathBuf, BTreeMap<String, (Vec<u8>, f32)>) {
+pub(super) fn scaled_file(
+    dir: &Path,
+    tensors: &Tensors,
+    new_names: bool,
+) -> (PathBuf, BTreeMap<String, (Vec<u8>, f32)>) {
     let mut out = Tensors::new();
     let mut values = BTreeMap::new();
     let prefix = "model.diffusion_model.";
@@ -491,7 +509,7 @@ fn a_file_cut_short_while_in_use_is_an_error() {
     let copy = put(dir.path(), "m.safetensors", &std::fs::read(path).unwrap());
     let source = Source::open(&copy).unwrap();
     std::fs::OpenOptions::new().write(true).open(&copy).unwrap().set_len(100_000).unwrap();
-    let err = user_error(load_dit(&source, &LoadOptions::new(&arch, "demo"), &mut |_| {}));
+    let err = user_error(load_from(&source, &LoadOptions::new(&arch, "demo"), &mut |_| {}));
     assert!(err.contains("m.safetensors") && err.contains("ended early"), "{err}");
 }
 

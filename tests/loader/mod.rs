@@ -2,6 +2,7 @@
 
 mod dit;
 mod hostile;
+mod kept;
 mod keyed;
 #[cfg(target_os = "linux")]
 mod memory;

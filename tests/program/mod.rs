@@ -3,6 +3,7 @@
 mod check;
 mod compat;
 mod demo;
+mod kept;
 mod lora;
 mod lora_fp8;
 mod mistakes;
