@@ -54,7 +54,11 @@ pub fn find(job: &Job, config: &RunConfig, source: &Source, options: &mut LoadOp
     let bytes = kept_bytes(options.arch);
     // A quarter stays free: a full disk would stop the run at its next checkpoint.
     let room = fsio::ensure_writable_dir(dir).and_then(|()| {
-        fsio::require_space(dir, bytes + bytes / 4, "keeping the weights in fp8 (a quarter stays free)")
+        fsio::require_space(
+            dir,
+            bytes + bytes / 4,
+            "keeping the weights in fp8, with a quarter to spare for checkpoints,",
+        )
     });
     if let Err(e) = room {
         say(format!("note: the weights in fp8 are not kept: {e:#}"));
