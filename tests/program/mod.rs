@@ -14,11 +14,25 @@ mod setup;
 mod shared;
 mod templates;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use safetensors::SafeTensors;
 use tempfile::TempDir;
+
+/// Bytes by name.
+pub type Tensors = BTreeMap<String, Vec<u8>>;
+
+/// The tensors and the metadata of a LoRA.
+pub fn read_lora(path: &Path) -> (Tensors, BTreeMap<String, String>) {
+    let bytes = std::fs::read(path).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let tensors = file.tensors().into_iter().map(|(name, t)| (name, t.data().to_vec())).collect();
+    (tensors, header.metadata().clone().unwrap_or_default().into_iter().collect())
+}
 
 /// A folder with the demo's models and dataset, copied from one that is made once for all tests.
 pub struct Bench {

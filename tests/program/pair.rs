@@ -1,14 +1,11 @@
 //! `--noise_level both`: two LoRAs in one go, whatever interrupts it.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use safetensors::SafeTensors;
-
 use super::mistakes::refused;
-use super::{text, wan_train, Bench};
+use super::{read_lora, text, wan_train, Bench, Tensors};
 
 /// A recipe with two experts of the demo's size.
 const RECIPE: &str = r#"
@@ -58,16 +55,6 @@ fn lora(bench: &Bench, level: &str) -> PathBuf {
     all[0].clone()
 }
 
-type Tensors = BTreeMap<String, Vec<u8>>;
-
-fn read(path: &Path) -> (Tensors, BTreeMap<String, String>) {
-    let bytes = std::fs::read(path).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let tensors = file.tensors().into_iter().map(|(name, t)| (name, t.data().to_vec())).collect();
-    (tensors, header.metadata().clone().unwrap_or_default().into_iter().collect())
-}
-
 /// What an unbroken run makes of the two experts.
 fn unbroken() -> (Tensors, Tensors) {
     static ONCE: std::sync::OnceLock<(Tensors, Tensors)> = std::sync::OnceLock::new();
@@ -75,15 +62,15 @@ fn unbroken() -> (Tensors, Tensors) {
         let bench = bench();
         let (fine, said) = run(&bench, &[]);
         assert!(fine, "{said}");
-        (read(&lora(&bench, "high")).0, read(&lora(&bench, "low")).0)
+        (read_lora(&lora(&bench, "high")).0, read_lora(&lora(&bench, "low")).0)
     };
     ONCE.get_or_init(make).clone()
 }
 
 fn assert_same(bench: &Bench) {
     let (high, low) = unbroken();
-    assert_eq!(read(&lora(bench, "high")).0, high);
-    assert_eq!(read(&lora(bench, "low")).0, low);
+    assert_eq!(read_lora(&lora(bench, "high")).0, high);
+    assert_eq!(read_lora(&lora(bench, "low")).0, low);
 }
 
 fn start(bench: &Bench) -> Child {
@@ -108,7 +95,7 @@ fn each_expert_gets_its_own_settings_names_and_logs() {
     let bench = bench();
     let (fine, said) = run(&bench, &[]);
     assert!(fine, "{said}");
-    let ((high, of_high), (low, of_low)) = (read(&lora(&bench, "high")), read(&lora(&bench, "low")));
+    let ((high, of_high), (low, of_low)) = (read_lora(&lora(&bench, "high")), read_lora(&lora(&bench, "low")));
     assert_ne!(high, low);
     assert_eq!((of_high["ss_network_dim"].as_str(), of_low["ss_network_dim"].as_str()), ("8", "16"));
     assert_eq!((of_high["ss_expert"].as_str(), of_low["ss_expert"].as_str()), ("high_noise", "low_noise"));

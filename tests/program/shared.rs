@@ -1,15 +1,13 @@
 //! One LoRA over both experts: `--noise_level shared`, or `--dit_high_noise` alone.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use safetensors::SafeTensors;
 use serde_json::Value;
 use wan_train::config::{resolve, Typed};
 
 use super::mistakes::refused;
-use super::{find, text, wan_train, Bench};
+use super::{find, read_lora, text, wan_train, Bench};
 
 /// A recipe with two experts of the demo's size, which are two different models.
 const RECIPE: &str = r#"
@@ -47,16 +45,6 @@ fn run(bench: &Bench, args: &[&str]) -> String {
     text(&out)
 }
 
-type Tensors = BTreeMap<String, Vec<u8>>;
-
-fn read(path: &Path) -> (Tensors, BTreeMap<String, String>) {
-    let bytes = std::fs::read(path).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let tensors = file.tensors().into_iter().map(|(name, t)| (name, t.data().to_vec())).collect();
-    (tensors, header.metadata().clone().unwrap_or_default().into_iter().collect())
-}
-
 /// The one finished LoRA whose name begins so.
 fn lora(bench: &Bench, name: &str) -> PathBuf {
     let ours = |p: &PathBuf| {
@@ -81,7 +69,7 @@ fn one_lora_comes_of_two_models_and_says_so() {
     let [low, high] =
         ["demo_dit", "demo_dit_high"].map(|m| std::fs::read(models.join(m).with_extension("safetensors")));
     assert_ne!(low.unwrap(), high.unwrap(), "two models");
-    let (tensors, metadata) = read(&lora(&bench, "two-shared-"));
+    let (tensors, metadata) = read_lora(&lora(&bench, "two-shared-"));
     assert_eq!(tensors.len(), 90);
     for (key, value) in [
         ("ss_expert", "both"),
@@ -140,19 +128,19 @@ fn resumed_and_streamed_it_ends_the_same_and_other_models_are_refused() {
     let whole = bench();
     pairs(&whole);
     run(&whole, &["--save_state"]);
-    let want = read(&lora(&whole, "two-shared-")).0;
+    let want = read_lora(&lora(&whole, "two-shared-")).0;
     let streamed = bench();
     pairs(&streamed);
     let said = run(&streamed, &["--blocks_to_swap", "1", "--gradient_checkpointing"]);
     assert!(said.contains("low: streamed blocks") && said.contains("high: streamed blocks"), "{said}");
-    assert_eq!(read(&lora(&streamed, "two-shared-")).0, want);
+    assert_eq!(read_lora(&lora(&streamed, "two-shared-")).0, want);
 
     let state = whole.outputs("-000001-state").remove(0).to_string_lossy().into_owned();
     let resumed = |args: &[&str]| shared(&whole, "", &[&["--resume", &state], args].concat()).output().unwrap();
     let out = resumed(&["--blocks_to_swap", "2"]);
     let said = text(&out);
     assert!(out.status.success() && said.contains("resuming"), "{said}");
-    assert_eq!(read(&lora(&whole, "two-shared-")).0, want);
+    assert_eq!(read_lora(&lora(&whole, "two-shared-")).0, want);
     // The experts' shares are those of the whole run.
     let steps = lines(&whole).len();
     assert_eq!(said.matches(&format!(" of {steps} steps (")).count(), 2, "{steps} steps:\n{said}");
@@ -177,9 +165,9 @@ fn loras_are_merged_into_both_models() {
     let said = run(&bench, &[&merged[..], &["--output_name", "second"]].concat());
     assert!(into(&said, "low") && into(&said, "high"), "{said}");
     let files = ["new/merged-low.safetensors", "new/merged-high.safetensors"];
-    assert_ne!(read(&bench.path(files[0])).0, read(&bench.path(files[1])).0);
+    assert_ne!(read_lora(&bench.path(files[0])).0, read_lora(&bench.path(files[1])).0);
     run(&bench, &["--epochs", "1", "--dit", files[0], "--dit_high_noise", files[1], "--output_name", "third"]);
-    assert_eq!(read(&lora(&bench, "second-shared-")).0, read(&lora(&bench, "third-shared-")).0);
+    assert_eq!(read_lora(&lora(&bench, "second-shared-")).0, read_lora(&lora(&bench, "third-shared-")).0);
 }
 
 #[test]
@@ -376,7 +364,7 @@ fn a_command_line_of_the_old_tool_means_what_it_meant() {
     for word in ["one LoRA over both experts", "--offload_inactive_dit (both experts stay at hand", "high noise: "] {
         assert!(said.contains(word), "{word}:\n{said}");
     }
-    let (tensors, metadata) = read(&bench.path("out/old.safetensors"));
+    let (tensors, metadata) = read_lora(&bench.path("out/old.safetensors"));
     assert!(tensors.keys().all(|k| k.starts_with("lora_unet_")) && !metadata.contains_key("ss_timestep_boundary"));
     // By the timestep that the old tool counts from 1, and all of a batch on one side.
     let log = find(&bench.path("out"), ".jsonl").remove(0);
