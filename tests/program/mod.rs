@@ -1,5 +1,6 @@
 //! The built program, doing whole jobs: the demo from pictures to a LoRA, stopping and resuming, every mistake.
 
+mod browser;
 mod check;
 mod compat;
 mod demo;
