@@ -316,6 +316,7 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
             "img720" => [1, 90, 160],
             "v21" => [6, 90, 160],
             "v45" => [12, 68, 120],
+            "128x128x1" => [1, 16, 16],
             other => panic!("{other}: a case without a size"),
         };
         let job = Job { latent, moments: Moments::F32, ..v21(Target::Cuda) };
