@@ -6,6 +6,9 @@ use crate::fsio;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 
+/// Lies in the state of a run that was asked to stop, where no checkpoint was due.
+const INTERRUPTED: &str = "INTERRUPTED";
+
 /// The names of a run's files. They are the old tool's, so that scripts and people find them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names {
@@ -63,6 +66,33 @@ impl Names {
             self.states().map(|(_, _, path)| path).filter(|p| Some(p.as_path()) != keep).collect();
         states.iter().try_for_each(|dir| fsio::remove_dir(dir))?;
         Ok(states)
+    }
+
+    /// Remembers that the state of `step` was written only because the run was asked to stop.
+    pub fn mark_interrupt(&self, step: u64) -> Result<()> {
+        fsio::write_bytes(&self.step_state(step).join(INTERRUPTED), b"")
+    }
+
+    /// The checkpoint of `step` is wanted after all.
+    pub fn unmark_interrupt(&self, step: u64) {
+        // Absent, nearly always.
+        let _ = std::fs::remove_file(self.step_state(step).join(INTERRUPTED));
+    }
+
+    /// Removes what interruptions saved, LoRA and state, and nothing else: for a run that has finished. Returns what is
+    /// gone; what cannot be removed stays.
+    pub fn remove_interrupts(&self) -> Vec<PathBuf> {
+        let ours = |(step, _, dir): (u64, u64, PathBuf)| {
+            (dir == self.step_state(step) && dir.join(INTERRUPTED).is_file()).then_some((self.step_file(step), dir))
+        };
+        let found: Vec<(PathBuf, PathBuf)> = self.states().filter_map(ours).collect();
+        let mut gone = Vec::new();
+        for (file, dir) in found {
+            // The state goes last: it knows whose the file is.
+            let removed = [std::fs::remove_file(&file).is_ok(), fsio::remove_dir(&dir).is_ok()];
+            gone.extend([file, dir].into_iter().zip(removed).filter_map(|(path, removed)| removed.then_some(path)));
+        }
+        gone
     }
 
     /// The finished states of this run: step, epoch, directory.

@@ -95,10 +95,17 @@ impl Saver for Checkpoints {
             trainer.snapshot()?.save(&state_dir)?;
             saved.state = Some(state_dir);
         }
+        let due = |step: u64| self.retention.save_every_n_steps.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+        match when {
+            When::Stop(step) if state && !due(step) => self.names.mark_interrupt(step)?,
+            When::Step(step) => self.names.unmark_interrupt(step),
+            _ => {}
+        }
         saved.removed = match when {
             When::Epoch(epoch) => self.retention.after_epoch(&self.names, epoch)?,
             When::Step(step) => self.retention.after_step(&self.names, step)?,
-            When::Stop(_) | When::End => Vec::new(),
+            When::Stop(_) => Vec::new(),
+            When::End => self.names.remove_interrupts(),
         };
         Ok(saved)
     }

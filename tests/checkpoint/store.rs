@@ -1,6 +1,6 @@
 use super::state::sample;
 use crate::loader::user_error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use wan_train::checkpoint::store::{newest_checkpoint, require_file};
 use wan_train::checkpoint::{Names, Retention};
 
@@ -82,6 +82,38 @@ fn the_latest_state_is_the_one_that_got_furthest_and_is_whole() {
     sample(99).save(&Names::new(dir.path(), "catfish").final_state()).unwrap();
     sample(99).save(&Names::new(dir.path(), "cat-two").final_state()).unwrap();
     assert_eq!(names.latest_state().unwrap(), names.step_state(25));
+}
+
+#[test]
+fn what_interruptions_left_goes_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = Names::new(dir.path(), "cat");
+    let other = Names::new(dir.path(), "catfish");
+    let lora = |path: PathBuf| std::fs::write(path, b"lora").unwrap();
+    for step in [5, 7, 9] {
+        sample(step).save(&names.step_state(step)).unwrap();
+        lora(names.step_file(step));
+    }
+    sample(7).save(&other.step_state(7)).unwrap();
+    lora(other.step_file(7));
+    other.mark_interrupt(7).unwrap();
+    lora(names.step_file(3));
+    lora(names.final_file());
+    assert!(names.remove_interrupts().is_empty());
+    names.mark_interrupt(5).unwrap();
+    names.mark_interrupt(9).unwrap();
+    names.unmark_interrupt(9);
+    names.unmark_interrupt(9);
+    assert_eq!(names.latest_state().unwrap(), names.step_state(9), "a mark changes nothing about the state");
+    wan_train::checkpoint::TrainState::load(&names.step_state(5)).unwrap();
+    assert_eq!(names.remove_interrupts(), [names.step_file(5), names.step_state(5)]);
+    let left = [names.step_file(3), names.step_file(7), names.step_file(9), names.final_file(), other.step_file(7)];
+    assert!(left.iter().all(|p| p.is_file()));
+    assert!([names.step_state(7), names.step_state(9), other.step_state(7)].iter().all(|p| p.is_dir()));
+    // A state that is saved again in its turn is no longer an interruption's.
+    names.mark_interrupt(7).unwrap();
+    sample(7).save(&names.step_state(7)).unwrap();
+    assert!(names.remove_interrupts().is_empty());
 }
 
 #[test]

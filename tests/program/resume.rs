@@ -109,6 +109,38 @@ fn ctrl_c_ends_with_a_state_and_the_command_to_go_on() {
 }
 
 #[test]
+fn what_an_interrupt_saved_goes_when_the_run_has_finished() {
+    const PLAIN: &[&str] = &["--epochs", "4"];
+    let bench = Bench::new();
+    let child = bench.command("", PLAIN).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A line in the step log shows that training is under way.
+    let trains = || {
+        bench.outputs(".jsonl").iter().any(|log| std::fs::read_to_string(log).is_ok_and(|text| text.contains("loss")))
+    };
+    for _ in 0..2000 {
+        if trains() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let interrupt = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupt.success());
+    let out = child.wait_with_output().unwrap();
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(130), "{said}");
+    let (states, loras) = (bench.outputs("-state"), bench.outputs(".html"));
+    assert_eq!((states.len(), loras.len()), (1, 1), "{said}");
+    let lora = loras[0].with_extension("safetensors");
+    assert!(lora.to_string_lossy().contains("-step") && lora.is_file());
+    let rest = bench.run("", &[PLAIN, &["--resume", &states[0].to_string_lossy()]].concat());
+    let said = text(&rest);
+    assert!(rest.status.success() && said.contains("removed") && said.contains("-step"), "{said}");
+    let left = [bench.outputs(".safetensors"), bench.outputs(".html")];
+    assert!(left.iter().all(|files| files.len() == 1 && !files[0].to_string_lossy().contains("-step")), "{left:?}");
+    assert!(bench.outputs("-state").is_empty());
+}
+
+#[test]
 fn streaming_blocks_does_not_change_a_bit() {
     let whole = unbroken();
     for swap in [["--blocks_to_swap", "1"], ["--blocks_to_swap", "3"]] {
