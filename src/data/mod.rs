@@ -25,7 +25,7 @@ mod types;
 pub mod video;
 
 pub use clips::{count_frames, decode_image, decode_video, Planned};
-pub use config::dataset_name;
+pub use config::{dataset_name, known_keys};
 pub use draft::{draft, Draft};
 pub use frames::Cut;
 pub use scan::{check_media, scan};

@@ -1,6 +1,6 @@
 //! The dataset file: every key, every default, every complaint.
 
-use wan_train::data::{DataOptions, DatasetConfig, FrameExtraction, Kind, Source};
+use wan_train::data::{known_keys, DataOptions, DatasetConfig, FrameExtraction, Kind, Source};
 use wan_train::error::UserError;
 
 use super::{message, Place};
@@ -18,6 +18,21 @@ fn error(place: &Place, toml: &str) -> String {
     let error = place.load(toml).expect_err("this should have been refused");
     assert_eq!(error.downcast_ref::<UserError>().expect("a user error").exit, 2);
     format!("{error:#}").replace(&format!("{}/", place.dir.path().display()), "")
+}
+
+#[test]
+fn the_guide_names_every_key_and_its_example_is_read() {
+    let guide = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/datasets.md")).unwrap();
+    let missing: Vec<_> = known_keys().filter(|key| !guide.contains(&format!("`{key}`"))).collect();
+    assert!(missing.is_empty(), "docs/datasets.md does not explain {missing:?}");
+    let example = guide.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let place = Place::new();
+    for dir in ["media/pictures", "media/clips"] {
+        std::fs::create_dir_all(place.path(dir)).unwrap();
+    }
+    let config = place.load(example).unwrap();
+    assert_eq!(config.entries.len(), 2);
+    assert_eq!(config.entries[1].target_frames, [25, 45]);
 }
 
 #[test]
