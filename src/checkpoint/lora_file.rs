@@ -325,6 +325,15 @@ impl LoraModule {
         }
     }
 
+    /// The factors up `[o, r]` and down `[r, i]` in fp32 of a plain LoRA (1×1 convolutions flattened); `None` of others.
+    pub fn low_rank(&self) -> candle_core::Result<Option<(Tensor, Tensor)>> {
+        let (Some(up), Some(down)) = (self.get("lora_up.weight"), self.get("lora_down.weight")) else {
+            return Ok(None);
+        };
+        let wide = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_from(1);
+        Ok(Some((wide(up)?, wide(down)?)))
+    }
+
     /// What the adapter adds to its weight at strength 1, without the scale: fp32, the factors' natural shape `[o, i]`
     /// (1×1 convolutions are flattened).
     pub fn product(&self) -> candle_core::Result<Tensor> {
@@ -332,8 +341,8 @@ impl LoraModule {
             Some(t) => t.to_dtype(DType::F32)?.flatten_from(1),
             None => candle_core::bail!("{s} is missing"),
         };
-        if self.get("lora_down.weight").is_some() {
-            return get("lora_up.weight")?.matmul(&get("lora_down.weight")?);
+        if let Some((up, down)) = self.low_rank()? {
+            return up.matmul(&down);
         }
         if self.get("hada_w1_a").is_some() {
             let w1 = get("hada_w1_a")?.matmul(&get("hada_w1_b")?)?;

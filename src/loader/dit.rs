@@ -5,7 +5,7 @@
 //! tensors, shapes, formats of quantisation.
 
 use super::kept::scale_of;
-use super::merge::{merge_from, LoraMerge};
+use super::merge::{Added, LoraMerge};
 use super::source::{Fetch, Source};
 use crate::error::UserError;
 use anyhow::{bail, Result};
@@ -282,10 +282,12 @@ impl DitTable {
             let scale = scale(kept, &scale_of(key), fetch, codes.device())?;
             return Ok(Weight::scaled(to(codes)?, to(scale)?)?);
         }
-        let touched = options.merges.iter().any(|m| m.touches(key));
         let there = fetch(source, raw)?;
-        if there.is_none() && quantisable && !touched && options.fp8 == Fp8::Scaled {
-            if let Some((q, scale)) = quantize_in_pieces(source, raw)? {
+        let beside = there.as_ref().map_or(&Device::Cpu, |t| t.device());
+        // Read once: whoever reads ahead gives a tensor away.
+        let added = Added::to(key, source.shape(raw).unwrap_or_default(), &options.merges, fetch, beside)?;
+        if there.is_none() && quantisable && options.fp8 == Fp8::Scaled {
+            if let Some((q, scale)) = quantize_in_pieces(source, raw, added.as_ref())? {
                 return Ok(Weight::scaled(to(q)?, to(scale)?)?);
             }
         }
@@ -294,7 +296,7 @@ impl DitTable {
             _ if coded => {
                 let codes = codes(source, raw, there)?;
                 let stored = self.scales.get(key).map(|key| scale(source, key, fetch, codes.device())).transpose()?;
-                if matrix && !touched && (quantisable || options.fp8 == Fp8::Cast) {
+                if matrix && added.is_none() && (quantisable || options.fp8 == Fp8::Cast) {
                     return Ok(match (options.fp8, stored) {
                         (Fp8::Cast, None) => Weight::cast(to(codes)?)?,
                         // Without a scale the codes are the values, which any 16-bit dtype holds exactly.
@@ -310,7 +312,7 @@ impl DitTable {
                 t => t,
             },
         };
-        let base = merge_from(&base, key, &options.merges, fetch)?.unwrap_or(base);
+        let base = added.map(|added| added.sum(&base)).transpose()?.unwrap_or(base);
         // Rounded once, behind the sum.
         let base = if coded { base.to_dtype(options.upcast)? } else { base };
         match options.fp8 {
@@ -349,9 +351,10 @@ fn scale(source: &Source, raw: &str, fetch: Fetch, device: &Device) -> Result<Te
     }
 }
 
-/// Quantises a matrix while reading it, some rows at a time: neither the tensor nor its fp32 copy is ever whole in
-/// memory. Scales take the file's dtype. `None` where the file's dtype does not allow it.
-fn quantize_in_pieces(source: &Source, raw: &str) -> Result<Option<(Tensor, Tensor)>> {
+/// Quantises a matrix while reading it, some rows at a time, with what LoRAs add to them: neither the tensor nor its fp32
+/// copy is ever whole in memory. Sums are rounded to the file's dtype first, as a merged file would hold them; scales take
+/// that dtype, too. `None` where it does not allow it.
+fn quantize_in_pieces(source: &Source, raw: &str, added: Option<&Added>) -> Result<Option<(Tensor, Tensor)>> {
     /// A few MB at a time: large enough to read fast, small enough to stay in the allocator's hands.
     const PIECE: usize = 1 << 20;
     let (Some([rows, width]), Some(dtype)) = (source.shape(raw), source.dtype(raw)) else {
@@ -369,9 +372,20 @@ fn quantize_in_pieces(source: &Source, raw: &str) -> Result<Option<(Tensor, Tens
         return Ok(None);
     }
     let (mut codes, mut scales) = (vec![0u8; count], vec![0f32; count / group]);
-    let piece = (PIECE / group).max(1) * group;
+    // Whole rows, of which groups are parts.
+    let piece = (PIECE / oi[1]).max(1) * oi[1];
+    let mut sum = Vec::new();
     let done = source.for_each_piece(raw, piece, &mut |first, values| {
         let (codes, scales) = (&mut codes[first..first + values.len()], &mut scales[first / group..]);
+        let values = match added {
+            None => values,
+            Some(added) => {
+                sum.clear();
+                sum.extend_from_slice(values);
+                added.add(first / oi[1], &mut sum, dtype)?;
+                &sum
+            }
+        };
         Ok(fp8::quantize_rows(values, group, dtype, codes, &mut scales[..values.len() / group])?)
     })?;
     if !done {
