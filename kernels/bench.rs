@@ -7,6 +7,7 @@ use crate::gate_residual::{GateResidual, GateResidualArgs, GateResidualBackward,
 use crate::gate_residual::{Residual, ResidualArgs};
 use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use crate::gpu::Gpu;
+use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
     Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs,
     LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
@@ -15,7 +16,7 @@ use crate::norm::{
     LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNormRope,
     RmsNormRopeArgs, RmsNormRopeBackward, RmsNormRopeBackwardArgs,
 };
-use crate::{fp8, Cost, Exec, Op, Result};
+use crate::{fp8, int8, Cost, Exec, Op, Result};
 
 /// One timed op.
 #[derive(Debug, Clone)]
@@ -107,6 +108,16 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
                 let args = LinearEightBackwardArgs { dy, weight: &weight, out: compute };
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
             }
+            let weight8 = int8::Weight::quantize(weight_oi)?;
+            for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
+                gpu.use_portable(*portable);
+                let case = case(&format!("{what}{}", if *portable { ", mma.sync" } else { "" }));
+                let args = LinearInt8Args { x, weight: &weight8, bias_o: Some(&bias), out: compute };
+                rows.push(time::<LinearInt8>(exec, gpu, case.clone(), &args, runs)?);
+                let args = LinearInt8BackwardArgs { dy, weight: &weight8, out: compute };
+                rows.push(time::<LinearInt8Backward>(exec, gpu, case, &args, runs)?);
+            }
+            gpu.use_portable(false);
             let args = fp8::DequantizeArgs { weight: &weight, out: compute };
             rows.push(time::<fp8::Dequantize>(exec, gpu, format!("[{o}, {i}]"), &args, runs)?);
         }

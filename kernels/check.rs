@@ -13,6 +13,7 @@ use crate::gate_residual::{
 };
 use crate::gelu::{ActivationArgs, GeluErf, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs, Silu};
 use crate::gpu::Gpu;
+use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
     Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs,
     LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8,
@@ -26,7 +27,7 @@ use crate::norm::{
 };
 use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, UnpatchifyBackward, UnpatchifyBackwardArgs};
 use crate::philox::{stream, Philox};
-use crate::{adamw, adamw8bit, fp8, Exec, Result, CHECK_GROUPS};
+use crate::{adamw, adamw8bit, fp8, int8, Exec, Result, CHECK_GROUPS};
 
 mod caching;
 
@@ -368,7 +369,52 @@ fn exact(gpu: &Gpu) -> Result<Vec<Row>> {
     if gpu.card().capability >= (8, 9) {
         eight(&exec, &mut rows)?;
     }
+    int8(gpu, &exec, &mut rows)?;
     Ok(rows)
+}
+
+/// int8 weights to the same bits, and products to the definition's with the same codes: sums are exact here and fp32
+/// there. Where the library multiplies, the kernel that other cards run is checked as well.
+fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
+    for (l, i, o) in [(1, 64, 64), (97, 192, 320), (1025, 5120, 1536), (33, 8960, 640), (300, 128, 13824)] {
+        let normal = |seed, shape: &[usize], dtype| -> Result<Tensor> {
+            Ok(Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?.to_dtype(dtype)?)
+        };
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let weight_oi = (normal(4, &[o, i], dtype)? * 0.02)?;
+            let weight = int8::Weight::quantize(&weight_oi)?;
+            let case = format!("[{l}, {i}] x [{o}, {i}], {dtype:?}");
+            let on_card = int8::Weight::quantize(&weight_oi.to_device(exec.device())?)?;
+            rows.push(bits("int8_quantize codes", &case, on_card.codes_oi(), weight.codes_oi())?);
+            rows.push(bits("int8_quantize scales", &case, on_card.scales_2o(), weight.scales_2o())?);
+            let (x, dy, bias) = (normal(1, &[l, i], dtype)?, normal(2, &[l, o], dtype)?, normal(3, &[o], dtype)?);
+            let run = |exec: &Exec, weight: &int8::Weight, out| -> Result<[Tensor; 2]> {
+                let device = exec.device();
+                let (x, dy, bias) = (x.to_device(device)?, dy.to_device(device)?, bias.to_device(device)?);
+                Ok([
+                    exec.run::<LinearInt8>(&LinearInt8Args { x: &x, weight, bias_o: Some(&bias), out })?,
+                    exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy: &dy, weight, out })?,
+                ])
+            };
+            let want = run(&Exec::cpu(), &weight, DType::F32)?;
+            for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
+                gpu.use_portable(*portable);
+                let got = run(exec, &on_card, dtype);
+                gpu.use_portable(false);
+                let naive = match dtype {
+                    DType::BF16 => 2e-3,
+                    DType::F16 => 2.5e-4,
+                    _ => 1e-6,
+                };
+                for (op, (got, want)) in ["linear_int8", "linear_int8_backward"].iter().zip(got?.iter().zip(&want)) {
+                    let error = distance(&values(got)?, &values(want)?);
+                    let case = format!("{case}{}", if *portable { ", mma.sync" } else { "" });
+                    rows.push(Row { op: op.to_string(), case, error, naive, right: error < 2.0 * naive });
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// 8-bit products against the definition, which rounds to the same codes: only sums and the last rounding differ. fp8

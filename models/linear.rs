@@ -4,6 +4,7 @@
 use candle_core::{DType, Tensor};
 use wan_kernels::fp8;
 use wan_kernels::gate_residual::{Residual, ResidualArgs};
+use wan_kernels::int8::{self, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use wan_kernels::linear::{
     Linear, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs, LinearBackwardArgs, LinearEight,
     LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward,
@@ -25,6 +26,20 @@ pub enum Weight {
     Fp8(fp8::Weight),
     /// The same, multiplied with on 8-bit tensor cores (`--fp8_fast`).
     Fp8Fast(fp8::Weight),
+    /// Rotated int8 codes, multiplied with as they are (`--int8_fast`).
+    Int8(int8::Weight),
+}
+
+/// What the linears of the blocks are multiplied on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Products {
+    /// 16 bit (or fp32), whatever the weights are stored in.
+    #[default]
+    Full,
+    /// fp8 tensor cores, for weights stored in fp8.
+    Fp8,
+    /// int8 tensor cores: weights become int8.
+    Int8,
 }
 
 impl Weight {
@@ -44,15 +59,24 @@ impl Weight {
         match self {
             Weight::Dense(w) => w.dims(),
             Weight::Fp8(w) | Weight::Fp8Fast(w) => w.codes_oi().dims(),
+            Weight::Int8(w) => w.codes_oi().dims(),
         }
     }
 
-    /// An fp8 weight multiplied with in 8 bit; others stay as they are.
-    pub fn fast(self) -> Self {
-        match self {
-            Weight::Fp8(w) => Weight::Fp8Fast(w),
-            other => other,
-        }
+    /// The weight of a block's linear as `products` need it. What they cannot take (no fp8 codes; for int8, sizes that are
+    /// not in blocks of 64) stays as it is.
+    pub fn for_products(self, products: Products) -> Result<Self> {
+        Ok(match (products, self) {
+            (Products::Fp8, Weight::Fp8(w)) => Weight::Fp8Fast(w),
+            (Products::Int8, Weight::Fp8(w)) if int8::takes(w.shape()) => {
+                Weight::Int8(int8::Weight::quantize(&w.dequantize()?)?)
+            }
+            (Products::Int8, Weight::Dense(w)) => match *w.dims() {
+                [o, i] if int8::takes([o, i]) => Weight::Int8(int8::Weight::quantize(&w)?),
+                _ => Weight::Dense(w),
+            },
+            (_, other) => other,
+        })
     }
 
     /// Bytes held.
@@ -60,6 +84,7 @@ impl Weight {
         match self {
             Weight::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
             Weight::Fp8(w) | Weight::Fp8Fast(w) => w.bytes() as usize,
+            Weight::Int8(w) => w.bytes() as usize,
         }
     }
 }
@@ -98,6 +123,7 @@ impl Frozen {
             Weight::Dense(w) => Weight::Dense(f(w)?),
             Weight::Fp8(w) => Weight::Fp8(fp8::Weight::new(f(w.codes_oi())?, f(w.scale())?)?),
             Weight::Fp8Fast(w) => Weight::Fp8Fast(fp8::Weight::new(f(w.codes_oi())?, f(w.scale())?)?),
+            Weight::Int8(w) => Weight::Int8(int8::Weight::new(f(w.codes_oi())?, f(w.scales_2o())?)?),
         };
         Self::new(weight, self.bias.as_ref().map(&mut *f).transpose()?)
     }
@@ -117,6 +143,7 @@ impl Frozen {
             Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, out })?,
             Weight::Fp8Fast(weight) => exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, out })?,
+            Weight::Int8(weight) => exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o, out })?,
         })
     }
 
@@ -126,6 +153,7 @@ impl Frozen {
             Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, out })?,
             Weight::Fp8Fast(weight) => exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, out })?,
+            Weight::Int8(weight) => exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, out })?,
         })
     }
 
@@ -138,7 +166,7 @@ impl Frozen {
             Weight::Fp8(weight) => {
                 exec.run::<LinearFp8BackwardAdd>(&LinearFp8BackwardAddArgs { dy, weight, base, out })?
             }
-            Weight::Fp8Fast(_) => add(exec, &base, &self.backward(exec, dy, out)?)?,
+            Weight::Fp8Fast(_) | Weight::Int8(_) => add(exec, &base, &self.backward(exec, dy, out)?)?,
         })
     }
 }

@@ -221,7 +221,7 @@ pub fn command() -> Command {
                     Arg::new("what")
                         .value_parser(PossibleValuesParser::new(["steps", "ops", "start", "fast", "cache"]))
                         .default_value("steps")
-                        .help("Training steps; every kernel by itself; the start from a 28 GB file (made at --file when missing); how far --fp8_fast departs; or VAE and text encoder"),
+                        .help("Training steps; every kernel by itself; the start from a 28 GB file (made at --file when missing); how far --fp8_fast and --int8_fast depart from 16 bit; or VAE and text encoder"),
                 )
                 .arg(
                     Arg::new("case")

@@ -83,6 +83,17 @@ pub(crate) struct Eight {
     pub bias: Option<u64>,
 }
 
+/// `out [rows, columns] = left [rows, inner] · (right [columns, inner])ᵀ`, operands int8, sums int32.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Int8 {
+    pub rows: usize,
+    pub columns: usize,
+    pub inner: usize,
+    pub left: u64,
+    pub right: u64,
+    pub out: u64,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     shape: [usize; 3],
@@ -167,20 +178,21 @@ impl Blas {
             eight: None,
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
-        let factors = [1.0, if p.add.is_some() { 1.0 } else { 0.0 }];
+        let factors = [1f32, if p.add.is_some() { 1.0 } else { 0.0 }].map(f32::to_bits);
         let at = [(a.address, &a_layout), (b.address, &b_layout), (add, &d_layout), (p.out, &d_layout)];
         // SAFETY: addresses are of live tensors of the shapes said (the op's gate), freed later on this stream.
         unsafe { self.call(&desc, factors, at, &algo) }
     }
 
-    /// Issues `d = factors[0] · a · b + factors[1] · c`; `at` are a, b, c and d.
+    /// Issues `d = factors[0] · a · b + factors[1] · c`; `factors` are the bits of numbers of the description's scale type,
+    /// `at` are a, b, c and d.
     ///
     /// # Safety
     /// Addresses are of device memory that holds what the layouts say and is freed, if at all, later on this stream.
     unsafe fn call(
         &self,
         desc: &Desc,
-        [alpha, beta]: [f32; 2],
+        [alpha, beta]: [u32; 2],
         [a, b, c, d]: [(u64, &Layout); 4],
         algo: &sys::cublasLtMatmulAlgo_t,
     ) -> std::result::Result<(), result::CublasError> {
@@ -188,8 +200,8 @@ impl Blas {
         result::matmul(
             self.handle,
             desc.0,
-            (&alpha as *const f32).cast(),
-            (&beta as *const f32).cast(),
+            (&alpha as *const u32).cast(),
+            (&beta as *const u32).cast(),
             a.0 as *const c_void,
             a.1 .0,
             b.0 as *const c_void,
@@ -259,10 +271,43 @@ impl Blas {
             eight: Some(scaled),
         };
         let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
-        let factors = [if scaled { 1.0 } else { UNIT }, 0.0];
+        let factors = [if scaled { 1.0 } else { UNIT }, 0.0].map(f32::to_bits);
         let at = [(p.right, &a_layout), (p.left, &b_layout), (p.out, &d_layout), (p.out, &d_layout)];
         // SAFETY: as in `issue`.
         unsafe { self.call(&desc, factors, at, &algo) }
+    }
+
+    pub fn run_int8(&self, p: &Int8) -> Result<()> {
+        self.issue_int8(p).map_err(|e| {
+            let Int8 { rows, columns, inner, .. } = p;
+            error(NAME, format!("[{rows}, {inner}] x [{inner}, {columns}], int8 to int32: {e}"))
+        })
+    }
+
+    fn issue_int8(&self, p: &Int8) -> std::result::Result<(), result::CublasError> {
+        let (m, n, k) = (p.columns, p.rows, p.inner);
+        let (codes, sums) = (sys::cudaDataType::CUDA_R_8I, sys::cudaDataType::CUDA_R_32I);
+        let desc = Desc::of(sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, sums)?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &op(true))?;
+        desc.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, &op(false))?;
+        let a_layout = Layout::new(codes, (k, m))?;
+        let b_layout = Layout::new(codes, (k, n))?;
+        let d_layout = Layout::new(sums, (m, n))?;
+        let key = Key {
+            shape: [m, n, k],
+            transposed: [true, false],
+            // No other product is of such results.
+            dtypes: [DType::U8, DType::U32],
+            bias: false,
+            add: false,
+            batch: [0; 7],
+            alignment: 1 << (p.right | p.left | p.out).trailing_zeros().min(4),
+            eight: None,
+        };
+        let algo = self.algorithm(key, &desc, [&a_layout, &b_layout, &d_layout])?;
+        let at = [(p.right, &a_layout), (p.left, &b_layout), (p.out, &d_layout), (p.out, &d_layout)];
+        // SAFETY: as in `issue`; the factors are int32, as the description says.
+        unsafe { self.call(&desc, [1, 0], at, &algo) }
     }
 
     /// The address of at least `count` ones.
@@ -334,8 +379,14 @@ struct Desc(sys::cublasLtMatmulDesc_t);
 impl Desc {
     /// fp32 sums of exact products: no TF32.
     fn new() -> std::result::Result<Self, result::CublasError> {
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        Ok(Desc(result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F)?))
+        Self::of(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F)
+    }
+
+    fn of(
+        compute: sys::cublasComputeType_t,
+        scale: sys::cudaDataType,
+    ) -> std::result::Result<Self, result::CublasError> {
+        Ok(Desc(result::create_matmul_desc(compute, scale)?))
     }
 
     fn set<T>(

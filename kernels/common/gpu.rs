@@ -487,6 +487,11 @@ impl View {
         Ok(t.is_contiguous() && tensor_address(op, t)? % 16 == 0)
     }
 
+    /// `wan::In` or `wan::Out` of a part of the tensor that begins at `address`.
+    pub fn moved(&self, address: u64) -> Arg {
+        Arg::longs(&[address, self.dtype_code()])
+    }
+
     fn dtype_code(&self) -> u64 {
         match self.dtype {
             DType::BF16 => 1,

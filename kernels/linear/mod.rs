@@ -271,7 +271,13 @@ impl Op for LinearFp8Backward {
     }
 }
 
-fn check_forward(op: &'static str, x: &Tensor, [o, i]: [usize; 2], bias_o: Option<&Tensor>, out: DType) -> Result<()> {
+pub(crate) fn check_forward(
+    op: &'static str,
+    x: &Tensor,
+    [o, i]: [usize; 2],
+    bias_o: Option<&Tensor>,
+    out: DType,
+) -> Result<()> {
     check_rows(op, "x", x, i, "[.., i]")?;
     if let Some(bias_o) = bias_o {
         gate::float(op, "bias_o", bias_o)?;
@@ -280,7 +286,7 @@ fn check_forward(op: &'static str, x: &Tensor, [o, i]: [usize; 2], bias_o: Optio
     gate::out(op, out)
 }
 
-fn check_backward(op: &'static str, dy: &Tensor, o: usize, out: DType) -> Result<()> {
+pub(crate) fn check_backward(op: &'static str, dy: &Tensor, o: usize, out: DType) -> Result<()> {
     check_rows(op, "dy", dy, o, "[.., o]")?;
     gate::out(op, out)
 }
@@ -295,7 +301,7 @@ fn check_rows(op: &'static str, tensor: &'static str, t: &Tensor, width: usize, 
     Err(crate::Error::Shape { op, tensor, got: t.shape().clone(), want })
 }
 
-fn cost(a: &Tensor, columns: usize, weight_bytes: f64, out: DType) -> Cost {
+pub(crate) fn cost(a: &Tensor, columns: usize, weight_bytes: f64, out: DType) -> Cost {
     let rows = a.elem_count() / last(a);
     let bytes = gate::bytes(a) + weight_bytes + (rows * columns * out.size_in_bytes()) as f64;
     Cost { flops: 2.0 * a.elem_count() as f64 * columns as f64, bytes }

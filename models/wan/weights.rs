@@ -270,7 +270,7 @@ impl Reader<'_, '_> {
     fn dense(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         match self.weight(name, shape)? {
             Weight::Dense(t) => Ok(t),
-            Weight::Fp8(_) | Weight::Fp8Fast(_) => {
+            Weight::Fp8(_) | Weight::Fp8Fast(_) | Weight::Int8(_) => {
                 let what = format!("{}{name} came quantised; only linears of blocks may", self.prefix);
                 Err(Error::Invalid { model: "wan", what })
             }

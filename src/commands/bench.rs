@@ -76,9 +76,10 @@ pub mod on_card {
     use wan_kernels::philox::Philox;
     use wan_kernels::{bench, check, Exec};
     use wan_models::arch::WanArch;
-    use wan_models::wan::{BlockWeights, Numerics, SavePlan, Timesteps, WanInputs, WanModel, WanWeights};
+    use wan_models::linear::Products;
+    use wan_models::wan::{BlockWeights, Numerics, SavePlan, WanModel, WanWeights};
 
-    use crate::adapter::{select, AdapterParams, Grads};
+    use crate::adapter::select;
     use crate::cache::index::{Bucket, BucketKey, ItemTensors};
     use crate::checkpoint::Identity;
     use crate::cli::{BenchOptions, BenchWhat};
@@ -93,7 +94,7 @@ pub mod on_card {
 
     const GIB: f64 = (1u64 << 30) as f64;
     /// Rows of a prompt of usual length.
-    const TEXT_ROWS: usize = 120;
+    pub const TEXT_ROWS: usize = 120;
 
     pub fn run(mut typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
         typed.flags.entry("device").or_insert_with(|| vec!["cuda".into()]);
@@ -112,7 +113,7 @@ pub mod on_card {
                 train(gpu, &job, &exec, options)
             }
             BenchWhat::Start => unreachable!("has a file of its own"),
-            BenchWhat::Fast => fast(gpu, &job, &exec, options),
+            BenchWhat::Fast => super::super::bench_fast::run(gpu, &job, &exec, options),
             BenchWhat::Cache => super::super::bench_cache::run(gpu, &exec, options),
         }
     }
@@ -221,83 +222,16 @@ pub mod on_card {
         }
         let arch = &job.model.arch;
         let spec = residency(&planned);
-        let weights =
-            synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), job.config.fp8_fast);
+        let (c, products) = (&job.config, weights::products(&job.config)?);
+        // int8 is rounded from 16 bit, as from a file.
+        let fp8 = products != Products::Int8 && (c.fp8_base || c.fp8_scaled || c.fp8_fast);
+        let weights = synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), (fp8, products));
         let weights = weights.map_err(|e| explain(exec, &planned.memory, e))?;
         let steps = options.steps + 2;
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
         let prepared = (ready - clock).as_secs_f64();
         let classes = gpu.finish_profile()?;
         report(gpu, job, options, &planned, &watch, &classes, prepared, tokens)
-    }
-
-    /// Loss and adapter gradients of one item with `--fp8_fast` against those without it, on the same random weights.
-    fn fast(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
-        let arch = &job.model.arch;
-        let (planned, _, settings) = plan_for(job, exec, options)?;
-        let device = exec.device();
-        let normal = |stream, shape: &[usize]| Philox::new(3, stream, 0, 0).normal(shape, device);
-        let [c, f, h, w] = super::latent(super::pixels(&options.case)?);
-        let target = normal(1, &[1, c, f, h, w])?;
-        let inputs = WanInputs {
-            x: normal(0, &[1, c, f, h, w])?,
-            t: Timesteps::PerSample(vec![700.0]),
-            context: vec![(normal(2, &[TEXT_ROWS, arch.text_dim])? * 0.1)?.to_dtype(DType::BF16)?],
-            y: None,
-            clip_fea: None,
-            f_indices: None,
-        };
-        let params =
-            AdapterParams::new(settings.network.clone(), select(arch, &settings.network.patterns)?, 1, device)?;
-        // `up` begins as zero, and `down` has no gradient then.
-        params.master().edit(|all| {
-            let mut noise = vec![0f32; all.len()];
-            Philox::new(4, 0, 0, 0).fill_normal(&mut noise);
-            all.iter_mut().zip(noise).for_each(|(value, noise)| *value += 2e-3 * noise);
-        })?;
-        let run = |fast: bool| -> anyhow::Result<(f32, Vec<f32>)> {
-            device.set_seed(7)?;
-            let spec = residency(&planned);
-            let (rest, blocks) = synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), fast)?;
-            let model = WanModel::new(arch.clone(), rest, Numerics::default())?;
-            let (residency, _) = Residency::on(exec, blocks, spec)?;
-            let plan = SavePlan::per_block(planned.arrangement.saving.clone());
-            let (pred, saved) = model.forward(exec, &inputs, &params, &residency, &plan)?;
-            let error = (&pred - &target)?;
-            let loss = error.sqr()?.mean_all()?.to_scalar::<f32>()?;
-            let dpred = (error * (2.0 / pred.elem_count() as f64))?;
-            let mut grads = Grads::new(params.layout().clone(), device)?;
-            model.backward(exec, &params, &residency, saved, &dpred, &mut grads)?;
-            Ok((loss, grads.flat().to_vec()?))
-        };
-        let ((loss, plain), (fast_loss, fast)) = (run(false)?, run(true)?);
-        let of = |range: std::ops::Range<usize>| {
-            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            let (a, b) = (&plain[range.clone()], &fast[range]);
-            let (aa, ab, bb) = (dot(a, a), dot(a, b), dot(b, b));
-            (ab / (aa * bb).sqrt(), ((aa - 2.0 * ab + bb).max(0.0) / aa).sqrt())
-        };
-        let (cosine, error) = of(0..plain.len());
-        let layout = params.layout();
-        let mut sites: Vec<_> = layout.params.iter().map(|p| (of(p.range.clone()), layout.full_name(p))).collect();
-        sites.sort_by(|a, b| a.0 .0.total_cmp(&b.0 .0));
-        let row = json!({
-            "bench": "fast", "case": options.case, "card": gpu.card().name, "commit": env!("WAN_COMMIT"),
-            "loss": loss, "fast_loss": fast_loss, "loss_off": (fast_loss - loss).abs() / loss,
-            "gradient_cosine": cosine, "gradient_error": error,
-            "median_cosine": sites[sites.len() / 2].0 .0,
-            "lowest": sites.iter().take(8).map(|((c, e), name)| json!([name, c, e])).collect::<Vec<_>>(),
-        });
-        match options.json {
-            true => println!("{row}"),
-            false => {
-                println!("loss {loss} in 16 bit, {fast_loss} in 8 bit");
-                println!("gradients of the whole adapter: cosine {cosine:.5}, relative error {error:.4}");
-                println!("lowest cosines of single parameters:");
-                sites.iter().take(8).for_each(|((c, e), name)| println!("  {c:.5}  error {e:.4}  {name}"));
-            }
-        }
-        Ok(ExitCode::SUCCESS)
     }
 
     pub fn residency(planned: &plan::Plan) -> ResidencySpec {
@@ -404,7 +338,7 @@ pub mod on_card {
         };
         use wan_models::wan::SavePolicy::{KeepAll, KeepAttention, Recompute};
         let row = json!({
-            "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision, "fp8_fast": job.config.fp8_fast,
+            "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision, "fp8_fast": job.config.fp8_fast, "int8_fast": job.config.int8_fast,
             "portable": options.portable, "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
             "vram_budget_gib": job.config.vram_budget,
             "kept": {"all": saving(KeepAll), "attention": saving(KeepAttention), "recompute": saving(Recompute)},

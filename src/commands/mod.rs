@@ -3,6 +3,8 @@
 mod bench;
 #[cfg(feature = "cuda")]
 mod bench_cache;
+#[cfg(feature = "cuda")]
+mod bench_fast;
 mod bench_start;
 mod cache;
 mod check;

@@ -23,6 +23,7 @@ const USUAL: BucketKey = BucketKey { width: 1280, height: 720, frames: 21 };
 const GIB: f64 = (1u64 << 30) as f64;
 
 pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
+    weights::products(&job.config)?;
     let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or_default())?;
     let (bucket, batch) = match job.dataset_path().is_ok() {
         true => largest_surveyed(&Prepared::new(job, false)?)?,
@@ -64,15 +65,21 @@ pub struct Planned {
     plan: Plan,
     bucket: BucketKey,
     batch: usize,
+    /// What 8-bit products would gain, a line each.
+    offers: Vec<String>,
 }
 
 impl Planned {
     pub fn table(&self) -> String {
         let BucketKey { width, height, frames } = self.bucket;
-        format!(
+        let mut table = format!(
             "memory plan for the largest batch: {} of {width} x {height} pixels, {frames} frames\n{}",
             self.batch, self.plan
-        )
+        );
+        for offer in &self.offers {
+            table += &format!("predicted with {offer}\n");
+        }
+        table
     }
 
     /// Lines that hold the measured peak against the plan; none on the CPU.
@@ -279,7 +286,10 @@ fn planned(
 ) -> anyhow::Result<Planned> {
     let work = work(job, config, settings, room, bucket, batch, sources)?;
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
-        Ok(plan) => Ok(Planned { plan, bucket, batch }),
+        Ok(plan) => {
+            let offers = plan::offers(&work, &plan, wishes(job, config), &room.rates);
+            Ok(Planned { plan, bucket, batch, offers })
+        }
         Err(shortfall) => Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))
             .hint(
                 "use smaller buckets or fewer frames in the dataset, a lower --network_dim, or a card with more memory",

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::bench::{latent, pixels};
 use super::job::Job;
 use super::plan::wishes;
+use super::weights::products;
 use crate::adapter::select;
 use crate::config::Typed;
 use crate::error::{nearest, UserError};
@@ -22,6 +23,7 @@ const HOST_GIB: u64 = 48;
 pub fn run(typed: &Typed, wanted: &str, as_json: bool) -> anyhow::Result<ExitCode> {
     let cards = cards(wanted)?;
     let job = Job::new(typed)?;
+    products(&job.config)?;
     let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
     if !as_json {
         println!("predictions, not measurements: data-sheet peaks times what the kernels reach on an H200");
@@ -39,6 +41,10 @@ pub fn run(typed: &Typed, wanted: &str, as_json: bool) -> anyhow::Result<ExitCod
                 sites: select(&job.model.arch, &settings.network.patterns)?,
             };
             let work = plan::Job::from_config(&job.config, &job.model.arch, &shape);
+            if card.rates().products(work.products).is_none() {
+                eprintln!("note: {} has no fp8 tensor cores for --fp8_fast", card.name);
+                continue;
+            }
             let gib = job.config.vram_budget.unwrap_or(card.memory_gib - 1.0);
             let budget = Budget { device: (gib * GIB) as u64, host: HOST_GIB << 30 };
             match plan::choose(&work, budget, wishes(&job, &job.config), &card.rates()) {

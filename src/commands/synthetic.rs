@@ -7,17 +7,18 @@ use wan_kernels::fp8;
 use wan_kernels::gpu::Gpu;
 use wan_models::arch::WanArch;
 use wan_models::keys;
-use wan_models::linear::Weight;
+use wan_models::linear::{Products, Weight};
 use wan_models::wan::{BlockWeights, WanWeights};
 
-/// Random weights of the model's shapes, made on the card: matrices N(0, 1/inputs), blocks' linears in fp8 with
-/// 16-bit scales; blocks that will stream go to host memory.
+/// Random weights of the model's shapes, made on the card: matrices N(0, 1/inputs), blocks' linears in fp8 with 16-bit
+/// scales where `fp8` says so, and as `products` need them; blocks that will stream go to host memory. The same numbers
+/// after the same seed.
 pub fn on_card(
     gpu: &Gpu,
     arch: &WanArch,
     compute: DType,
     streamed: &[usize],
-    fast: bool,
+    (fp8, products): (bool, Products),
 ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
     let device = gpu.device();
     let normal = |shape: &[usize], key: &str| -> wan_models::Result<Tensor> {
@@ -35,8 +36,10 @@ pub fn on_card(
         let dense = normal(&shape, key)?;
         let linear = key.starts_with("blocks.") && shape.len() == 2;
         Ok(match linear {
-            true if fast => Weight::Fp8Fast(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
-            true => Weight::Fp8(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?),
+            true if fp8 => {
+                Weight::Fp8(fp8::Weight::quantize(&dense, fp8::Granularity::Block)?).for_products(products)?
+            }
+            true => Weight::Dense(dense).for_products(products)?,
             false => Weight::Dense(dense),
         })
     };

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use wan_kernels::Exec;
 use wan_models::arch::{ModelFile, Role};
+use wan_models::linear::Products;
 use wan_models::wan::{BlockWeights, WanWeights};
 
 use super::job::{Dit, Job};
@@ -37,23 +38,42 @@ pub fn open_dit(job: &Job, dit: &Dit) -> anyhow::Result<Source> {
     Ok(source)
 }
 
-/// Refuses `--fp8_fast` on a card that has no tensor cores for it.
+/// Refuses `--fp8_fast` and `--int8_fast` together, and on a card that has no tensor cores for them.
 pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
+    let products = products(config)?;
     #[cfg(feature = "cuda")]
-    if let (true, Exec::Cuda { gpu, .. }) = (config.fp8_fast, exec) {
+    if let Exec::Cuda { gpu, .. } = exec {
         let card = gpu.card();
-        let (major, minor) = card.capability;
-        if card.capability < (8, 9) {
-            return Err(UserError::usage(format!(
-                "--fp8_fast needs fp8 tensor cores (sm_89 or later); {} is sm_{major}{minor}",
-                card.name
-            ))
-            .hint("leave it out: fp8 weights without it work on every card")
-            .into());
+        if let Some(needs) = lacking(products, card.capability) {
+            let (major, minor) = card.capability;
+            return Err(UserError::usage(format!("{needs}; {} is sm_{major}{minor}", card.name))
+                .hint("leave it out: fp8 weights without it work on every card")
+                .into());
         }
     }
-    let _ = (config, exec);
+    let _ = (products, exec);
     Ok(())
+}
+
+/// What 8-bit products need that a card of this compute capability does not have.
+#[cfg(any(feature = "cuda", test))]
+fn lacking(products: Products, capability: (i32, i32)) -> Option<&'static str> {
+    match products {
+        Products::Fp8 if capability < (8, 9) => Some("--fp8_fast needs fp8 tensor cores (sm_89 or later)"),
+        Products::Int8 if capability < (8, 0) => Some("--int8_fast needs tensor cores of sm_80 or later"),
+        _ => None,
+    }
+}
+
+/// What the linears of the blocks are multiplied on.
+pub fn products(config: &RunConfig) -> Result<Products, UserError> {
+    match (config.fp8_fast, config.int8_fast) {
+        (true, true) => Err(UserError::usage("--fp8_fast and --int8_fast are two ways of the same")
+            .hint("choose --fp8_fast where fp8 weights are to stay as they are, --int8_fast for the smaller error")),
+        (true, false) => Ok(Products::Fp8),
+        (false, true) => Ok(Products::Int8),
+        (false, false) => Ok(Products::Full),
+    }
 }
 
 /// The DiT's weights, loaded.
@@ -75,7 +95,7 @@ pub fn load(
 ) -> anyhow::Result<Loaded> {
     let mut options = LoadOptions {
         fp8: fp8(config),
-        fast: config.fp8_fast,
+        products: products(config)?,
         merges: merges(job, dit)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         device: device.clone(),
@@ -105,8 +125,12 @@ pub fn load(
     Ok(Loaded { rest, blocks, keeping })
 }
 
-/// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted.
+/// Plain `--fp8_base` means block scales too, except where the old tool's unscaled cast of everything is wanted. Weights
+/// that become int8 are rounded once, from what the file has.
 fn fp8(config: &RunConfig) -> Fp8 {
+    if config.int8_fast {
+        return Fp8::Keep;
+    }
     match (config.fp8_scaled || config.fp8_fast, config.fp8_base) {
         (true, _) => Fp8::Scaled,
         (false, true) if config.musubi_compat => Fp8::Cast,
@@ -223,5 +247,20 @@ mod tests {
         }
         assert_eq!(of(true, false, false), Fp8::Scaled);
         assert_eq!(of(true, false, true), Fp8::Cast);
+        let int8 = RunConfig { int8_fast: true, fp8_base: true, fp8_scaled: true, ..RunConfig::default() };
+        assert_eq!(fp8(&int8), Fp8::Keep);
+    }
+
+    #[test]
+    fn eight_bit_products_are_of_one_kind_and_need_their_tensor_cores() {
+        let of = |fp8_fast, int8_fast| products(&RunConfig { fp8_fast, int8_fast, ..RunConfig::default() });
+        assert_eq!(of(false, false).unwrap(), Products::Full);
+        assert_eq!(of(true, false).unwrap(), Products::Fp8);
+        assert_eq!(of(false, true).unwrap(), Products::Int8);
+        assert!(of(true, true).unwrap_err().to_string().contains("--fp8_fast and --int8_fast"));
+        assert!(lacking(Products::Int8, (7, 5)).unwrap().contains("sm_80"));
+        assert!(lacking(Products::Fp8, (8, 6)).unwrap().contains("sm_89"));
+        assert_eq!(lacking(Products::Int8, (8, 6)), None);
+        assert_eq!(lacking(Products::Full, (7, 5)), None);
     }
 }

@@ -225,6 +225,7 @@ options! {
         fp8_fast: bool = false; "Multiply with fp8 weights on 8-bit tensor cores (RTX 40 series, Hopper): faster, less exact"
         fp8_scaled: bool = false; "Hold the block weights in block-scaled fp8"
         fp8_cache: Option<PathBuf> = None; "Directory where the fp8 weights are kept for the next start: a file of 15 GB for each 14B model and merge (default, and `off`: none)"
+        int8_fast: bool = false; "Hold the block weights in rotated int8 and multiply on int8 tensor cores (RTX 30 series and later): faster, less exact; replaces the other ways to hold them"
         blocks_to_swap: u64 = 0; "Transformer blocks (of two experts: of each) whose weights stay in host memory and stream in when needed"
         block_swap_ring_size: u64 = 2; "Device slots of the block ring"
         vram_budget: Option<f64> = None; "GiB that the plan may use (default: what is free)"

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use wan_kernels::fp8;
 use wan_models::arch::WanArch;
 use wan_models::keys::{self, Entry};
-use wan_models::linear::Weight;
+use wan_models::linear::{Products, Weight};
 use wan_models::wan::{BlockWeights, WanWeights};
 
 /// How matrices of the blocks are stored.
@@ -36,8 +36,8 @@ pub struct LoadOptions<'a> {
     /// The task as the user typed it, for messages.
     pub task: &'a str,
     pub fp8: Fp8,
-    /// Weights that end up in fp8 are multiplied with in 8 bit.
-    pub fast: bool,
+    /// What the linears of the blocks are multiplied on.
+    pub products: Products,
     pub merges: Vec<LoraMerge>,
     /// The blocks' matrices as an earlier load of the same kind made them: see [`super::KeptFp8`].
     pub kept: Option<Box<Source>>,
@@ -50,8 +50,16 @@ pub struct LoadOptions<'a> {
 impl<'a> LoadOptions<'a> {
     /// The weights as the file has them, on the CPU.
     pub fn new(arch: &'a WanArch, task: &'a str) -> Self {
-        let device = Device::Cpu;
-        Self { arch, task, fp8: Fp8::Keep, fast: false, merges: Vec::new(), kept: None, device, upcast: DType::BF16 }
+        Self {
+            arch,
+            task,
+            fp8: Fp8::Keep,
+            products: Products::Full,
+            merges: Vec::new(),
+            kept: None,
+            device: Device::Cpu,
+            upcast: DType::BF16,
+        }
     }
 }
 
@@ -114,7 +122,8 @@ fn load_table(
         });
         done += bytes_of(key).unwrap_or(0) as u64;
         progress(Progress { done, total });
-        result.map(|w| if options.fast { w.fast() } else { w }).map_err(|e| {
+        let products = if keys::is_quantisable(key) { options.products } else { Products::Full };
+        result.and_then(|w| Ok(w.for_products(products)?)).map_err(|e| {
             let what = format!("{e:#}");
             failed = Some(e);
             wan_models::Error::Invalid { model: "wan", what }

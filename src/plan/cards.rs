@@ -1,6 +1,7 @@
 //! What a card can do, from `configs/cards.toml`: rates by which arrangements are compared.
 
 use serde::Deserialize;
+use wan_models::linear::Products;
 
 use crate::config::registry;
 
@@ -17,6 +18,8 @@ pub struct Card {
     pub tensor_tflops: f64,
     /// The same for fp8, where there is any.
     pub fp8_tflops: Option<f64>,
+    /// The same for int8 with int32 sums.
+    pub int8_tflops: f64,
     pub memory_gb_s: f64,
     /// Pinned copies, each direction.
     pub bus_gb_s: f64,
@@ -33,6 +36,9 @@ struct File {
 pub struct Rates {
     /// Products with weights, FLOP/s.
     pub linears: f64,
+    /// The same by 8-bit products, with everything that belongs to them: codes, scales, transposes.
+    pub fp8_linears: Option<f64>,
+    pub int8_linears: f64,
     pub attention: f64,
     pub attention_backward: f64,
     /// Bytes/s of single passes over the card's memory.
@@ -56,16 +62,30 @@ impl Card {
     /// What the kernels here reach of the peak. Measured on an H200 at 21600 tokens: linears 0.72, memory 0.85. Attention
     /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` 0.37 and 0.30. Of the peak there, which is that of
     /// `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and 0.48 of the peak of cards
-    /// that have no others.
+    /// that have no others. 8-bit linears as a whole, roundings included: e4m3 0.6; int8 0.55 (not measured on cards where the
+    /// kernel here multiplies, which has 0.68 of what `mma.sync` reaches of int8 on the H200, before roundings).
     pub fn rates(&self) -> Rates {
         let peak = self.tensor_tflops * 1e12;
         let [forward, backward] = if self.capability[0] >= 9 { [0.66, 0.57] } else { [0.6, 0.48] };
         Rates {
             linears: 0.72 * peak,
+            fp8_linears: self.fp8_tflops.map(|tflops| 0.6 * tflops * 1e12),
+            int8_linears: 0.55 * self.int8_tflops * 1e12,
             attention: forward * peak,
             attention_backward: backward * peak,
             memory: 0.85 * self.memory_gb_s * 1e9,
             bus: self.bus_gb_s * 1e9,
+        }
+    }
+}
+
+impl Rates {
+    /// Of the blocks' linears; `None` where the card has no tensor cores for them.
+    pub fn products(&self, products: Products) -> Option<f64> {
+        match products {
+            Products::Full => Some(self.linears),
+            Products::Fp8 => self.fp8_linears,
+            Products::Int8 => Some(self.int8_linears),
         }
     }
 }
@@ -76,7 +96,15 @@ impl Default for Rates {
         match Card::find("") {
             Some(card) => card.rates(),
             // The table is embedded and tested; these are its last entry's.
-            None => Rates { linears: 51e12, attention: 43e12, attention_backward: 34e12, memory: 800e9, bus: 25e9 },
+            None => Rates {
+                linears: 51e12,
+                fp8_linears: None,
+                int8_linears: 156e12,
+                attention: 43e12,
+                attention_backward: 34e12,
+                memory: 800e9,
+                bus: 25e9,
+            },
         }
     }
 }
@@ -95,5 +123,9 @@ mod tests {
         assert_eq!(name("a card nobody knows"), "RTX 3090");
         let rates = Card::find("NVIDIA H200").unwrap().rates();
         assert!(rates.linears > 700e12 && rates.attention > rates.attention_backward);
+        assert!(rates.products(Products::Fp8).unwrap() > 1.5 * rates.linears);
+        let usual = Rates::default();
+        assert_eq!(usual.products(Products::Fp8), None);
+        assert!(usual.products(Products::Int8).unwrap() > 2.5 * usual.linears);
     }
 }

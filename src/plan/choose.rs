@@ -4,6 +4,7 @@
 use std::fmt;
 
 use wan_models::adapter::Kind;
+use wan_models::linear::Products;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 
 use super::cards::Rates;
@@ -69,6 +70,25 @@ pub fn choose(job: &Job, budget: Budget, wishes: Wishes, rates: &Rates) -> Resul
 pub fn predict(job: &Job, rates: &Rates, arrangement: &Arrangement) -> f64 {
     let extra = Extra::new(job, rates);
     extra.step() + extra.seconds(arrangement)
+}
+
+/// What 8-bit products would make of a run that does without, on a card of these rates: a line each.
+pub fn offers(job: &Job, plan: &Plan, wishes: Wishes, rates: &Rates) -> Vec<String> {
+    if job.target == Target::Cpu || job.products != Products::Full {
+        return Vec::new();
+    }
+    let ways = [
+        ("--fp8_fast", Products::Fp8, WeightForm::Fp8Scaled { scale_bytes: 2 }),
+        ("--int8_fast", Products::Int8, WeightForm::Int8 { otherwise: 2 }),
+    ];
+    let line = |(name, products, weights)| {
+        rates.products(products)?;
+        let other = choose(&Job { products, weights, ..job.clone() }, plan.budget, wishes, rates).ok()?;
+        let (now, then) = (plan.step_seconds, other.step_seconds);
+        let less = 100.0 * (1.0 - then / now);
+        (less >= 1.0).then(|| format!("{name}: about {less:.0} % less time a step ({now:.2} s now, {then:.2} s then)"))
+    };
+    ways.into_iter().filter_map(line).collect()
 }
 
 fn fits(job: &Job, memory: &Memory, budget: Budget) -> bool {
@@ -165,7 +185,8 @@ impl Extra {
     fn new(job: &Job, rates: &Rates) -> Self {
         let l = job.tokens() as f64;
         let per_sample = l / job.batch as f64;
-        let size = |s: &wan_models::arch::Site| 2.0 * l * (s.in_features * s.out_features) as f64 / rates.linears;
+        let rate = rates.products(job.products).unwrap_or(rates.linears);
+        let size = |s: &wan_models::arch::Site| 2.0 * l * (s.in_features * s.out_features) as f64 / rate;
         let sites = job.arch.block_sites(0);
         let linears: f64 = sites.iter().map(size).sum();
         // Backward does not read the last product's output.

@@ -9,8 +9,10 @@
 //! | keep attention | `L·d·c` and its log-sum-exp `4·n·L` |
 //! | keep all | that, the outputs of q, k, v, o, cross q, cross o (`6·L·d·c`), cross-attention (`L·d·c + 4·n·L`, and keys and values `2·M·d·c`, for text and again for image rows), the first feed-forward product (`L·f·c`), and each LoRA's `x·Aᵀ` |
 
+use wan_kernels::int8;
 use wan_models::adapter::{AdapterSpec, Kind};
 use wan_models::arch::{Site, WanArch};
+use wan_models::linear::Products;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 
 use crate::config::RunConfig;
@@ -32,6 +34,8 @@ pub enum WeightForm {
     Fp8Scaled { scale_bytes: u64 },
     /// One byte an element, no scales.
     Fp8Cast,
+    /// One byte an element and two fp32 scales an output; what is not in blocks of 64, `otherwise` bytes an element.
+    Int8 { otherwise: u64 },
 }
 
 /// Bytes of the optimizer's moments.
@@ -54,6 +58,8 @@ pub struct Job {
     pub models: u64,
     pub target: Target,
     pub weights: WeightForm,
+    /// What the linears of the blocks are multiplied on: a matter of time alone.
+    pub products: Products,
     /// Bytes of an element outside the blocks' matrices (embeddings, head, norms, biases).
     pub rest_bytes: u64,
     /// Bytes of the compute dtype.
@@ -145,6 +151,8 @@ impl Job {
             match self.weights {
                 WeightForm::Dense(bytes) => o * i * bytes,
                 WeightForm::Fp8Cast => o * i,
+                WeightForm::Int8 { .. } if int8::takes([site.out_features, site.in_features]) => o * i + 8 * o,
+                WeightForm::Int8 { otherwise } => o * i * otherwise,
                 WeightForm::Fp8Scaled { scale_bytes } => {
                     let scales = if i % 64 == 0 { i / 64 } else { 1 };
                     o * i + o * scales * scale_bytes
@@ -295,9 +303,15 @@ impl Job {
                 let scores = (n * self.batch * (l / self.batch).pow(2) * 4).min(ATTENTION_TILE);
                 widened + TILES * scores + 7 * l * d * 4
             }
-            // One dequantised matrix; what a weight of fp8 does not need.
+            // One dequantised matrix, which dense weights do not need. With int8 the codes the other way round, and the
+            // sums of some rows: on Hopper only, but counted on every card.
             Target::Cuda => {
-                let tile = if matches!(self.weights, WeightForm::Dense(_)) { 0 } else { largest * self.compute_bytes };
+                let widest = self.arch.dim.max(self.arch.ffn_dim) as u64;
+                let tile = match self.weights {
+                    WeightForm::Dense(_) => 0,
+                    WeightForm::Int8 { .. } => largest + (l * widest * 4).min(int8::SUMS as u64),
+                    _ => largest * self.compute_bytes,
+                };
                 tile + GEMM_WORKSPACE
             }
         }
@@ -412,11 +426,13 @@ impl Job {
     /// The job of a run: `checkpoint_bytes` an element of the DiT's file, `sites` the linears that get an adapter, and
     /// the largest bucket.
     pub fn from_config(c: &RunConfig, arch: &WanArch, run: &RunShape) -> Self {
-        let fp8 = c.fp8_base || c.fp8_scaled;
-        let weights = match (fp8, c.musubi_compat && !c.fp8_scaled) {
-            (false, _) => WeightForm::Dense(run.checkpoint_bytes),
-            (true, true) => WeightForm::Fp8Cast,
-            (true, false) => WeightForm::Fp8Scaled { scale_bytes: run.checkpoint_bytes },
+        let (scaled, products) = (c.fp8_scaled || c.fp8_fast, products(c));
+        let cast = products != Products::Int8 && c.fp8_base && c.musubi_compat && !scaled;
+        let weights = match (products, c.fp8_base || scaled) {
+            (Products::Int8, _) => WeightForm::Int8 { otherwise: run.checkpoint_bytes },
+            _ if cast => WeightForm::Fp8Cast,
+            (_, true) => WeightForm::Fp8Scaled { scale_bytes: run.checkpoint_bytes },
+            (_, false) => WeightForm::Dense(run.checkpoint_bytes),
         };
         let compute_bytes = if c.mixed_precision == "no" { 4 } else { 2 };
         Self {
@@ -424,7 +440,8 @@ impl Job {
             models: if c.is_shared() { 2 } else { 1 },
             target: run.target,
             weights,
-            rest_bytes: if fp8 && c.musubi_compat && !c.fp8_scaled { 1 } else { run.checkpoint_bytes },
+            products,
+            rest_bytes: if cast { 1 } else { run.checkpoint_bytes },
             compute_bytes,
             stream_bytes: if c.musubi_compat { compute_bytes } else { 4 },
             latent: run.latent,
@@ -446,6 +463,15 @@ pub struct RunShape {
     pub batch: u64,
     pub adapter: AdapterSpec,
     pub sites: Vec<Site>,
+}
+
+/// Both kinds at once were refused before a plan is made.
+fn products(c: &RunConfig) -> Products {
+    match (c.int8_fast, c.fp8_fast) {
+        (true, _) => Products::Int8,
+        (false, true) => Products::Fp8,
+        (false, false) => Products::Full,
+    }
 }
 
 /// By the name as it is written; what does not parse was refused before a plan is made.

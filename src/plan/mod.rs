@@ -8,7 +8,7 @@ pub mod memory;
 
 pub use cards::{Card, Rates};
 pub use choose::Wishes;
-pub use choose::{choose, predict, Plan, Shortfall};
+pub use choose::{choose, offers, predict, Plan, Shortfall};
 pub use device::{available_ram, host_peak, Budget};
 pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm};
 

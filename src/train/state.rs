@@ -160,6 +160,8 @@ const NOTED: &[&str] = &[
     "mixed_precision",
     "fp8_base",
     "fp8_scaled",
+    "fp8_fast",
+    "int8_fast",
     "base_weights",
     "base_weights_high_noise",
     "base_weights_multiplier",

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use candle_core::Tensor;
 use wan_models::arch::WanArch;
-use wan_models::linear::Weight;
+use wan_models::linear::{Products, Weight};
 use wan_models::wan::BlockWeights;
 use wan_train::checkpoint::LoraFile;
 use wan_train::fsio::{write_safetensors, TensorOut};
@@ -35,7 +35,7 @@ fn content(blocks: &[BlockWeights]) -> BTreeMap<String, (Vec<u8>, Vec<u8>)> {
     let named = blocks.iter().enumerate().flat_map(|(i, b)| linears(i, b));
     let of = |weight: &Weight| match weight {
         Weight::Fp8(w) | Weight::Fp8Fast(w) => (bytes(w.codes_oi()), bytes(w.scale())),
-        Weight::Dense(_) => panic!("not in fp8"),
+        Weight::Dense(_) | Weight::Int8(_) => panic!("not in fp8"),
     };
     named.map(|(name, linear)| (name, of(&linear.weight))).collect()
 }
@@ -64,7 +64,8 @@ fn kept_weights_are_those_that_were_loaded_to_the_bit() {
         files.extend(strength.map(|_| scaled_file(dir.path(), &tensors, false).0));
         for file in files {
             for fast in [false, true] {
-                let options = || LoadOptions { fast, ..options(&arch, strength) };
+                let products = if fast { Products::Fp8 } else { Products::Full };
+                let options = || LoadOptions { products, ..options(&arch, strength) };
                 let place = place(dir.path(), &file, &options()).unwrap();
                 let first = load(&file, &options()).unwrap();
                 if !fast {

@@ -2,9 +2,10 @@
 
 use wan_models::adapter::{AdapterSpec, Kind};
 use wan_models::arch::{ModelConfig, WanArch};
+use wan_models::linear::Products;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 use wan_train::config::registry;
-use wan_train::plan::{choose, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes};
+use wan_train::plan::{choose, offers, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes};
 
 const GIB: u64 = 1 << 30;
 
@@ -20,6 +21,7 @@ fn v21(target: Target) -> Job {
         models: 1,
         target,
         weights: WeightForm::Fp8Scaled { scale_bytes: 2 },
+        products: Products::Full,
         rest_bytes: 2,
         compute_bytes: 2,
         stream_bytes: 4,
@@ -53,6 +55,7 @@ fn tiny() -> Job {
         models: 1,
         target: Target::Cpu,
         weights: WeightForm::Dense(4),
+        products: Products::Full,
         rest_bytes: 4,
         compute_bytes: 4,
         stream_bytes: 4,
@@ -337,4 +340,21 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
         compared += 1;
     }
     assert!(compared >= 15, "{compared}");
+}
+
+#[test]
+fn eight_bit_products_are_offered_where_they_gain() {
+    let job = v21(Target::Cuda);
+    let budget = Budget { device: 22 * GIB, host: 48 * GIB };
+    let plan = choose(&job, budget, Wishes::default(), &Rates::default()).unwrap();
+    let lines = offers(&job, &plan, Wishes::default(), &Rates::default());
+    // A usual card of 24 GB has no fp8 tensor cores.
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with("--int8_fast: about "), "{lines:?}");
+    let int8 = Job { products: Products::Int8, weights: WeightForm::Int8 { otherwise: 2 }, ..job.clone() };
+    let faster = choose(&int8, budget, Wishes::default(), &Rates::default()).unwrap();
+    assert!(faster.step_seconds < 0.8 * plan.step_seconds, "{} and {}", faster.step_seconds, plan.step_seconds);
+    assert!(int8.block_linear_bytes() < job.block_linear_bytes());
+    assert!(offers(&int8, &faster, Wishes::default(), &Rates::default()).is_empty());
+    assert!(offers(&tiny(), &plan, Wishes::default(), &Rates::default()).is_empty());
 }

@@ -72,7 +72,7 @@ impl Blas {
         let at = [(a.address, &a_layout), (b.address, &b_layout), (d.address, &d_layout), (d.address, &d_layout)];
         // SAFETY: addresses are of live memory that holds matrices of these shapes and distances (the caller's gate),
         // freed later on this stream.
-        unsafe { self.call(&desc, [1.0, 0.0], at, &algo) }
+        unsafe { self.call(&desc, [1f32, 0.0].map(f32::to_bits), at, &algo) }
     }
 }
 

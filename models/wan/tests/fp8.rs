@@ -11,7 +11,7 @@ use crate::adapter::NoAdapters;
 use crate::arch::WanArch;
 use crate::golden::{adapters, cases, inputs, json, max_abs, rel_l2, tensors, weights};
 use crate::keys;
-use crate::linear::Weight;
+use crate::linear::{Products, Weight};
 use crate::wan::{BlockWeights, Numerics, ResidentWeights, SavePlan, SavePolicy, WanModel, WanWeights};
 use crate::Result;
 
@@ -144,7 +144,25 @@ fn the_step_on_fp8_weights_is_reproduced() {
     }
 }
 
-/// The step's loss and the adapters' gradients with 8-bit products, against the same weights multiplied in full.
+fn multiplied(stored: Stored, products: Products) -> Stored {
+    let quantisable = |key: &str| keys::is_quantisable(key);
+    let of = |(key, w): (String, Weight)| {
+        let products = if quantisable(&key) { products } else { Products::Full };
+        let w = w.for_products(products).unwrap();
+        (key, w)
+    };
+    stored.into_iter().map(of).collect()
+}
+
+/// Cosine and relative error.
+fn departs(got: &[f32], want: &[f32]) -> (f64, f64) {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let (gg, gw, ww) = (dot(got, got), dot(got, want), dot(want, want));
+    (gw / (gg * ww).sqrt(), ((gg - 2.0 * gw + ww).max(0.0) / ww).sqrt())
+}
+
+/// The step's loss and the adapters' gradients with 8-bit products: fp8 against the same weights multiplied in full, int8
+/// against the weights before they were rounded.
 #[test]
 fn eight_bit_products_keep_loss_and_gradients() {
     for Case { name, arch, tensors: base, io } in all() {
@@ -157,20 +175,33 @@ fn eight_bit_products_keep_loss_and_gradients() {
         let inputs = inputs(&io, "", &io["x"], &io["t"]);
         let target = (&recorded["noise"] - &io["x"]).unwrap();
         let plan = SavePlan::uniform(SavePolicy::KeepAll);
-        let stored = scaled(&base, DType::F32);
         let run = |stored: &Stored| {
             let (model, blocks) = build(&arch, stored, Numerics::default());
             let (_, loss, grads) = step(&Exec::cpu(), &model, &blocks, &network, &inputs, &target, &plan);
-            let all: Vec<f32> =
-                grads.0.values().flat_map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect();
-            (loss, all)
+            let flat = |g: &Tensor| g.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            (loss, grads.0.iter().map(|(name, g)| (name.clone(), flat(g))).collect::<BTreeMap<_, _>>())
         };
-        let (loss, grads) = run(&stored);
-        let (fast_loss, fast_grads) = run(&stored.into_iter().map(|(key, w)| (key, w.fast())).collect());
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-        let cosine = dot(&grads, &fast_grads) / (dot(&grads, &grads) * dot(&fast_grads, &fast_grads)).sqrt();
-        assert!((0.99..1.0 - 1e-9).contains(&cosine), "{name}: the gradients' cosine is {cosine}");
-        let off = (fast_loss - loss).abs() / loss;
-        assert!(off < 0.01, "{name}: the loss is off by {off}");
+        let dense: Stored = base.iter().map(|(k, t)| (k.clone(), Weight::Dense(t.clone()))).collect();
+        let int8 = multiplied(dense.clone(), Products::Int8);
+        let kept = |(key, w): (&String, &Weight)| keys::is_quantisable(key) == matches!(w, Weight::Int8(_));
+        assert!(int8.iter().all(kept), "{name}");
+        let stored = scaled(&base, DType::F32);
+        for (what, got, want, lowest) in
+            [("fp8", multiplied(stored.clone(), Products::Fp8), stored, 0.95), ("int8", int8, dense, 0.99)]
+        {
+            let ((loss, grads), (want_loss, want)) = (run(&got), run(&want));
+            let all = |grads: &BTreeMap<_, Vec<f32>>| grads.values().flatten().copied().collect::<Vec<_>>();
+            let (cosine, error) = departs(&all(&grads), &all(&want));
+            assert!((0.99..1.0 - 1e-9).contains(&cosine), "{name}, {what}: the gradients' cosine is {cosine}");
+            assert!(error < 0.14, "{name}, {what}: the gradients' error is {error}");
+            let off = (loss - want_loss).abs() / want_loss;
+            assert!(off < 0.01, "{name}, {what}: the loss is off by {off}");
+            println!("{name}, {what}: loss off by {off:.2e}, gradients' cosine {cosine:.6}, error {error:.4}");
+            for (key, grad) in &grads {
+                let (cosine, error) = departs(grad, &want[key]);
+                println!("  {key}: cosine {cosine:.6}, error {error:.4}");
+                assert!(cosine > lowest, "{name}, {what}: {key} has cosine {cosine}");
+            }
+        }
     }
 }
