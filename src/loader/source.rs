@@ -12,7 +12,6 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use safetensors::Dtype;
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -328,25 +327,6 @@ impl Source {
             [x] => Ok(Some(*x)),
             _ => Err(refuse(&self.path, format!("{key} holds {} numbers, not one", t.len()), AGAIN)),
         }
-    }
-
-    /// A short name for this content: size, header and samples from all over the file(s), not every byte of 28 GB.
-    pub fn fingerprint(&self) -> Result<String> {
-        const SAMPLE: u64 = 1 << 16;
-        let mut hash = Sha256::new();
-        for part in &self.parts {
-            hash.update(part.len.to_le_bytes());
-            for i in 0..8u64 {
-                let at = part.len.saturating_sub(SAMPLE) / 7 * i;
-                let mut buf = vec![0u8; SAMPLE.min(part.len) as usize];
-                part.read_at(&mut buf, at)?;
-                hash.update(&buf);
-            }
-        }
-        for (key, place) in &self.places {
-            hash.update(format!("{key}{:?}{:?}", place.dtype, place.shape));
-        }
-        Ok(crate::checkpoint::state::hex(&hash.finalize()[..16]))
     }
 
     fn place(&self, key: &str) -> Result<&Place> {
