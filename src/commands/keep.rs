@@ -29,7 +29,7 @@ pub fn find(job: &Job, config: &RunConfig, source: &Source, options: &mut LoadOp
     let place = match KeptFp8::place(dir, source, options) {
         Ok(Some(place)) => place,
         Ok(None) => {
-            say("note: --fp8_cache has nothing to keep: no weight is quantised while loading".into());
+            say("note: --fp8_cache has nothing to keep: no weight becomes fp8 while loading".into());
             return None;
         }
         Err(e) => {

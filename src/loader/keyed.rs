@@ -1,6 +1,7 @@
 //! The tensors of a model other than the DiT under the names that the model asks for.
 
-use super::dit::{check_quant_format, dequantize, scale_tensor};
+use super::dit::check_quant_format;
+use super::fp8::{dequantize, scale_tensor};
 use super::source::Source;
 use crate::error::UserError;
 use anyhow::Result;

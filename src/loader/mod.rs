@@ -6,6 +6,7 @@
 #[cfg(feature = "cuda")]
 mod ahead;
 mod dit;
+mod fp8;
 mod header;
 mod kept;
 mod keyed;

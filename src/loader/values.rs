@@ -1,7 +1,8 @@
 //! The numbers of a DiT's tensors, in whatever form they are stored: 16 and 32 bits, plain fp8, fp8 with scales. For work
 //! on whole models that needs no architecture (merging, extracting).
 
-use super::dit::{check_quant_format, dequantize, scale_tensor};
+use super::dit::check_quant_format;
+use super::fp8::{dequantize, scale_tensor};
 use super::source::Source;
 use crate::error::UserError;
 use anyhow::{Context, Result};
