@@ -290,11 +290,15 @@ fn planned(
             let offers = plan::offers(&work, &plan, wishes(job, config), &room.rates);
             Ok(Planned { plan, bucket, batch, offers })
         }
-        Err(shortfall) => Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))
-            .hint(
-                "use smaller buckets or fewer frames in the dataset, a lower --network_dim, or a card with more memory",
-            )
-            .into()),
+        Err(shortfall) => {
+            let more = match shortfall.memory.device() > shortfall.budget.device {
+                true => "or a card with more memory",
+                false => "more RAM, or a card with more memory",
+            };
+            Err(UserError::new(format!("this run does not fit:\n{}{shortfall}", shortfall.memory))
+                .hint(format!("use smaller buckets or fewer frames in the dataset, a lower --network_dim, {more}"))
+                .into())
+        }
     }
 }
 

@@ -238,13 +238,34 @@ fn least(job: &Job, wishes: Wishes) -> Arrangement {
     Arrangement { blocks_to_swap, ring_size: wishes.ring_size.unwrap_or(2), saving }
 }
 
+/// The same for a budget: what the card has room for needs no host memory.
+fn thriftiest(job: &Job, budget: Budget, wishes: Wishes) -> Arrangement {
+    let least = least(job, wishes);
+    if job.target == Target::Cpu || price(job, &least).device() > budget.device {
+        return least;
+    }
+    let layers = job.arch.num_layers;
+    let swaps = wishes.blocks_to_swap.map_or(0..=layers as u64, |n| n..=n);
+    let candidates = [Home::Device, Home::Host].into_iter().flat_map(|home| {
+        let saving = vec![BlockPlan { keep: SavePolicy::Recompute, home }; layers];
+        let ring_size = least.ring_size;
+        swaps.clone().map(move |blocks_to_swap| Arrangement { blocks_to_swap, ring_size, saving: saving.clone() })
+    });
+    let priced = candidates.map(|a| (price(job, &a), a)).filter(|(memory, _)| memory.device() <= budget.device);
+    priced.min_by_key(|(memory, _)| memory.host()).map_or(least, |(_, a)| a)
+}
+
 fn shortfall(job: &Job, budget: Budget, wishes: Wishes) -> Shortfall {
-    let memory = price(job, &least(job, wishes));
+    let memory = price(job, &thriftiest(job, budget, wishes));
     let free = Wishes::default();
     let mut remedies = Vec::new();
     let mut offer = |what: String, changed: &Job, wishes: Wishes| {
-        let after = price(changed, &least(changed, wishes));
-        let saved = memory.device().saturating_sub(after.device()) + memory.host().saturating_sub(after.host());
+        let after = price(changed, &thriftiest(changed, budget, wishes));
+        // Counted in what is short.
+        let saved = match memory.device() > budget.device {
+            true => memory.device().saturating_sub(after.device()),
+            false => memory.host().saturating_sub(after.host()),
+        };
         if fits(changed, &after, budget) {
             remedies.push(format!("{what}: fits"));
         } else if saved > 0 {
@@ -276,7 +297,7 @@ fn shortfall(job: &Job, budget: Budget, wishes: Wishes) -> Shortfall {
     let (frames, latent) = (job.latent[0], job.latent);
     if let Some(fitting) = (1..frames).rev().find(|f| {
         let fewer = Job { latent: [*f, latent[1], latent[2]], ..job.clone() };
-        fits(&fewer, &price(&fewer, &least(&fewer, free)), budget)
+        fits(&fewer, &price(&fewer, &thriftiest(&fewer, budget, free)), budget)
     }) {
         remedies.push(format!("clips of {} frames instead of {}: fit", 4 * fitting - 3, 4 * frames - 3));
     }
@@ -355,7 +376,7 @@ impl fmt::Display for Shortfall {
             )?,
             false => write!(
                 f,
-                "the thriftiest plan takes {} GiB of host memory, {} GiB more than the {} GiB there are",
+                "beside a full card even the thriftiest plan takes {} GiB of host memory, {} GiB more than the {} GiB there are",
                 gib(m.host()),
                 over(m.host(), b.host),
                 gib(b.host)

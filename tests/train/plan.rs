@@ -245,6 +245,12 @@ fn what_does_not_fit_says_by_how_much_and_what_would() {
     let no_ram = Budget { device: 12 * GIB, host: 2 * GIB };
     let text = choose(&v21(Target::Cuda), no_ram, Wishes::default(), &Rates::default()).unwrap_err().to_string();
     assert!(text.contains("host memory"), "{text}");
+    // A remedy that is said to fit does, and what the card has room for is not asked of the host.
+    let (two, little_ram) = (Job { models: 2, ..v21(Target::Cuda) }, Budget { device: 24 * GIB, host: 16 * GIB });
+    let short = choose(&two, little_ram, Wishes::default(), &Rates::default()).unwrap_err();
+    assert!(short.memory.device() > 22 * GIB && short.memory.device() <= 24 * GIB, "{}", short.memory);
+    assert!(short.to_string().contains("one model at a time: fits"), "{short}");
+    choose(&v21(Target::Cuda), little_ram, Wishes::default(), &Rates::default()).unwrap();
 }
 
 #[test]
