@@ -8,7 +8,8 @@ use crate::Result;
 pub(super) fn forward(op: &'static str, kernel: &str, gpu: &Gpu, x: &Tensor) -> Result<Tensor> {
     let (n, y) = (x.elem_count(), gpu.empty(x.shape(), x.dtype())?);
     if n > 0 {
-        let args = [Arg::tensor(&View::new(op, x)?), Arg::tensor(&View::new(op, &y)?), Arg::i64(n)];
+        let x_view = View::new(op, x)?;
+        let args = [Arg::tensor(&x_view), Arg::tensor(&View::new(op, &y)?), Arg::i64(n)];
         gpu.launch("gelu/gelu", kernel, Launch::over(n, 8), &args)?;
     }
     Ok(y)

@@ -89,8 +89,10 @@ impl Rows {
         let padded = count.next_multiple_of(SIXTEEN);
         let (codes, scales) = (gpu.empty((padded, width), DType::U8)?, gpu.empty(count, DType::F32)?);
         let (trips, threads) = row_launch(width);
+        // A view may be a copy: it is held until the kernel is issued.
+        let from = View::new(op, t)?;
         let args = [
-            Arg::tensor(&View::new(op, t)?),
+            Arg::tensor(&from),
             Arg::ptr(outer),
             Arg::ptr(inner),
             Arg::ptr(View::new(op, &codes)?.address),

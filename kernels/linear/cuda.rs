@@ -193,8 +193,10 @@ pub(super) fn eight(
 
     let (left_codes, left_scales) = (gpu.empty((rows, inner), DType::U8)?, gpu.empty(rows, DType::F32)?);
     let (left_codes, left_scales) = (View::new(op, &left_codes)?, View::new(op, &left_scales)?);
+    // A view may be a copy: it is held until the kernel is issued.
+    let left_view = View::new(op, left)?;
     let args = [
-        Arg::tensor(&View::new(op, left)?),
+        Arg::tensor(&left_view),
         Arg::ptr(if transposed { 0 } else { scale_o }),
         Arg::ptr(left_codes.address),
         Arg::ptr(left_scales.address),
@@ -265,7 +267,8 @@ pub(crate) fn cast(gpu: &Gpu, op: &'static str, t: &Tensor, dtype: DType) -> Res
         return Ok(t.clone());
     }
     let (n, y) = (t.elem_count(), gpu.empty(t.shape(), dtype)?);
-    let args = [Arg::tensor(&View::new(op, t)?), Arg::tensor(&View::new(op, &y)?), Arg::i64(n)];
+    let from = View::new(op, t)?;
+    let args = [Arg::tensor(&from), Arg::tensor(&View::new(op, &y)?), Arg::i64(n)];
     gpu.launch("linear/cast", "cast", Launch::over(n, 8), &args)?;
     Ok(y)
 }

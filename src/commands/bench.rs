@@ -222,7 +222,7 @@ pub mod on_card {
         }
         let arch = &job.model.arch;
         let spec = residency(&planned);
-        let (c, products) = (&job.config, weights::products(&job.config)?);
+        let (c, products) = (&job.config, job.config.products());
         // int8 is rounded from 16 bit, as from a file.
         let fp8 = products != Products::Int8 && (c.fp8_base || c.fp8_scaled || c.fp8_fast);
         let weights = synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), (fp8, products));

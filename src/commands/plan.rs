@@ -23,7 +23,6 @@ const USUAL: BucketKey = BucketKey { width: 1280, height: 720, frames: 21 };
 const GIB: f64 = (1u64 << 30) as f64;
 
 pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
-    weights::products(&job.config)?;
     let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or_default())?;
     let (bucket, batch) = match job.dataset_path().is_ok() {
         true => largest_surveyed(&Prepared::new(job, false)?)?,

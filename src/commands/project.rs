@@ -8,7 +8,6 @@ use serde_json::json;
 use super::bench::{latent, pixels};
 use super::job::Job;
 use super::plan::wishes;
-use super::weights::products;
 use crate::adapter::select;
 use crate::config::Typed;
 use crate::error::{nearest, UserError};
@@ -23,7 +22,6 @@ const HOST_GIB: u64 = 48;
 pub fn run(typed: &Typed, wanted: &str, as_json: bool) -> anyhow::Result<ExitCode> {
     let cards = cards(wanted)?;
     let job = Job::new(typed)?;
-    products(&job.config)?;
     let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or(1))?;
     if !as_json {
         println!("predictions, not measurements: data-sheet peaks times what the kernels reach on an H200");

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use wan_kernels::Exec;
 use wan_models::arch::{ModelFile, Role};
+#[cfg(any(feature = "cuda", test))]
 use wan_models::linear::Products;
 use wan_models::wan::{BlockWeights, WanWeights};
 
@@ -38,9 +39,9 @@ pub fn open_dit(job: &Job, dit: &Dit) -> anyhow::Result<Source> {
     Ok(source)
 }
 
-/// Refuses `--fp8_fast` and `--int8_fast` together, and on a card that has no tensor cores for them.
+/// Refuses `--fp8_fast` and `--int8_fast` on a card that has no tensor cores for them.
 pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
-    let products = products(config)?;
+    let products = config.products();
     #[cfg(feature = "cuda")]
     if let Exec::Cuda { gpu, .. } = exec {
         let card = gpu.card();
@@ -65,17 +66,6 @@ fn lacking(products: Products, capability: (i32, i32)) -> Option<&'static str> {
     }
 }
 
-/// What the linears of the blocks are multiplied on.
-pub fn products(config: &RunConfig) -> Result<Products, UserError> {
-    match (config.fp8_fast, config.int8_fast) {
-        (true, true) => Err(UserError::usage("--fp8_fast and --int8_fast are two ways of the same")
-            .hint("choose --fp8_fast where fp8 weights are to stay as they are, --int8_fast for the smaller error")),
-        (true, false) => Ok(Products::Fp8),
-        (false, true) => Ok(Products::Int8),
-        (false, false) => Ok(Products::Full),
-    }
-}
-
 /// The DiT's weights, loaded.
 pub struct Loaded {
     pub rest: WanWeights,
@@ -95,7 +85,7 @@ pub fn load(
 ) -> anyhow::Result<Loaded> {
     let mut options = LoadOptions {
         fp8: fp8(config),
-        products: products(config)?,
+        products: config.products(),
         merges: merges(job, dit)?,
         upcast: if config.mixed_precision == "fp16" { DType::F16 } else { DType::BF16 },
         device: device.clone(),
@@ -253,11 +243,10 @@ mod tests {
 
     #[test]
     fn eight_bit_products_are_of_one_kind_and_need_their_tensor_cores() {
-        let of = |fp8_fast, int8_fast| products(&RunConfig { fp8_fast, int8_fast, ..RunConfig::default() });
-        assert_eq!(of(false, false).unwrap(), Products::Full);
-        assert_eq!(of(true, false).unwrap(), Products::Fp8);
-        assert_eq!(of(false, true).unwrap(), Products::Int8);
-        assert!(of(true, true).unwrap_err().to_string().contains("--fp8_fast and --int8_fast"));
+        let of = |fp8_fast, int8_fast| RunConfig { fp8_fast, int8_fast, ..RunConfig::default() }.products();
+        assert_eq!(of(false, false), Products::Full);
+        assert_eq!(of(true, false), Products::Fp8);
+        assert_eq!(of(false, true), Products::Int8);
         assert!(lacking(Products::Int8, (7, 5)).unwrap().contains("sm_80"));
         assert!(lacking(Products::Fp8, (8, 6)).unwrap().contains("sm_89"));
         assert_eq!(lacking(Products::Int8, (8, 6)), None);

@@ -436,6 +436,10 @@ fn from_toml(opt: &Opt, value: &toml::Value, name: &str) -> Result<Value, UserEr
 /// Ranges that no single type can express.
 fn validate(c: &RunConfig) -> Result<(), UserError> {
     let bad = |what: String| Err(UserError::usage(what));
+    if c.fp8_fast && c.int8_fast {
+        return Err(UserError::usage("--fp8_fast and --int8_fast are two ways of the same")
+            .hint("choose --fp8_fast where fp8 weights are to stay as they are, --int8_fast for the smaller error"));
+    }
     if c.learning_rate < 0.0 {
         return bad(format!("learning_rate is {}: it cannot be negative", c.learning_rate));
     }

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use wan_models::linear::Products;
 
 /// How an option is written on the command line and in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -264,4 +265,15 @@ options! {
 pub fn find(name: &str) -> Option<&'static Opt> {
     let name = name.replace('-', "_");
     OPTIONS.iter().find(|o| o.name == name || o.aliases.contains(&name.as_str()))
+}
+
+impl RunConfig {
+    /// What the linears of the blocks are multiplied on. Both 8-bit ways at once are refused while resolving.
+    pub fn products(&self) -> Products {
+        match (self.fp8_fast, self.int8_fast) {
+            (_, true) => Products::Int8,
+            (true, false) => Products::Fp8,
+            (false, false) => Products::Full,
+        }
+    }
 }

@@ -426,7 +426,7 @@ impl Job {
     /// The job of a run: `checkpoint_bytes` an element of the DiT's file, `sites` the linears that get an adapter, and
     /// the largest bucket.
     pub fn from_config(c: &RunConfig, arch: &WanArch, run: &RunShape) -> Self {
-        let (scaled, products) = (c.fp8_scaled || c.fp8_fast, products(c));
+        let (scaled, products) = (c.fp8_scaled || c.fp8_fast, c.products());
         let cast = products != Products::Int8 && c.fp8_base && c.musubi_compat && !scaled;
         let weights = match (products, c.fp8_base || scaled) {
             (Products::Int8, _) => WeightForm::Int8 { otherwise: run.checkpoint_bytes },
@@ -463,15 +463,6 @@ pub struct RunShape {
     pub batch: u64,
     pub adapter: AdapterSpec,
     pub sites: Vec<Site>,
-}
-
-/// Both kinds at once were refused before a plan is made.
-fn products(c: &RunConfig) -> Products {
-    match (c.int8_fast, c.fp8_fast) {
-        (true, _) => Products::Int8,
-        (false, true) => Products::Fp8,
-        (false, false) => Products::Full,
-    }
 }
 
 /// By the name as it is written; what does not parse was refused before a plan is made.

@@ -47,6 +47,16 @@ fn model_files_that_are_missing_wrong_or_torn() {
 }
 
 #[test]
+fn two_ways_of_8_bit_products_exclude_each_other_in_every_verb() {
+    let bench = Bench::new();
+    for verb in ["", "plan", "show"] {
+        let out = bench.run(verb, &["--fp8_fast", "--int8_fast"]);
+        refused(&out, 2, &["--fp8_fast and --int8_fast", "hint: choose"]);
+    }
+    no_output(&bench);
+}
+
+#[test]
 fn weights_of_another_task_are_named() {
     let bench = Bench::new();
     let out = bench.run("", &["--task", "t2v-1.3B", "--dit", "base/models/demo_dit.safetensors"]);
