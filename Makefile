@@ -31,7 +31,8 @@ build: deps
 
 demo: build
 	$$($(CARGO) metadata --format-version 1 --no-deps --locked | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/wan-train \
-	  --template demo --base_dir $(DEMO_DIR)
+	  --template demo --base_dir $(DEMO_DIR) \
+	  --sample_prompts '{base_dir}/datasets/demo/prompts.txt' --sample_every_n_epochs 25
 
 # One feature set for lints, tests and the binary they run: candle is compiled once.
 test: deps

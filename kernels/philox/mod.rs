@@ -30,6 +30,7 @@ pub mod stream {
     pub const INIT: u32 = 3;
     pub const DROPOUT: u32 = 4;
     pub const FRAMES: u32 = 5;
+    pub const PREVIEW: u32 = 6;
 }
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];

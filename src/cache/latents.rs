@@ -421,7 +421,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 /// RGB frames of one size as bytes [1,3,T,H,W].
-pub(super) fn frames_to_tensor(frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
+pub fn frames_to_tensor(frames: &[Arc<RgbImage>], device: &Device) -> Result<Tensor> {
     let (w, h) = frames[0].dimensions();
     let mut bytes = Vec::with_capacity(frames.len() * frames[0].len());
     for frame in frames {

@@ -98,19 +98,24 @@ impl Prepared {
     }
 }
 
-/// How the VAE computes: in fp32 on the CPU; on a card in fp16 with fp32 sums, which has an eighth of bf16's error and the
-/// same speed, or in fp32 where latents are stored so. The old trainer's numbers take its `--vae_dtype`.
+/// How the VAE computes while caching.
 fn vae_options(job: &Job, exec: &Exec, survey: &Survey) -> VaeOptions {
-    let stored = dtype(&job.config.vae_dtype);
-    let how = match (job.config.musubi_compat, exec.device().is_cuda()) {
-        (true, _) => VaeOptions::compat(stored),
-        (false, true) if stored != DType::F32 => VaeOptions { compute: DType::F16, ..VaeOptions::default() },
-        (false, _) => VaeOptions::default(),
-    };
+    let how = vae_numbers(job, exec);
     let area = |(w, h): (u32, u32)| u64::from(w) * u64::from(h);
     let largest = survey.entries.iter().flat_map(|e| &e.clips).map(|c| area(c.span.size)).max().unwrap_or_default();
     let frames_per_step = free_memory(exec).map_or(how.frames_per_step, |free| frames_per_step(free, largest));
     VaeOptions { frames_per_step, ..how }.encoder_only()
+}
+
+/// The VAE's numbers: in fp32 on the CPU; on a card in fp16 with fp32 sums, which has an eighth of bf16's error and the
+/// same speed, or in fp32 where latents are stored so. The old trainer's numbers take its `--vae_dtype`.
+pub fn vae_numbers(job: &Job, exec: &Exec) -> VaeOptions {
+    let stored = dtype(&job.config.vae_dtype);
+    match (job.config.musubi_compat, exec.device().is_cuda()) {
+        (true, _) => VaeOptions::compat(stored),
+        (false, true) if stored != DType::F32 => VaeOptions { compute: DType::F16, ..VaeOptions::default() },
+        (false, _) => VaeOptions::default(),
+    }
 }
 
 /// Frames encoded at a time. Four fill a card; where they do not fit, fewer take less. At 1280x720 a frame of the first
@@ -214,12 +219,7 @@ fn latent_models<'a>(
 ) -> anyhow::Result<LatentModels<'a>> {
     let c = &job.config;
     let vae_path = job.model_file("vae", Role::Vae, c.vae.as_ref())?;
-    let load = move |path: &Path, how: VaeOptions| {
-        let file = open_vae(path)?;
-        let arch = vae_arch(job, &file)?;
-        let mut get = |key: &str| file.get(key, exec.device()).map_err(|e| unreadable("vae", &e));
-        Ok(Vae::load(arch, exec, how, &mut get)?)
-    };
+    let load = move |path: &Path, how: VaeOptions| load_vae(job, exec, path, how);
     let path = vae_path.clone();
     let vae = Lazy { fingerprint: options.vae.clone().unwrap_or_default(), load: Box::new(move || load(&path, how)) };
     let wide_vae: Option<Box<dyn FnOnce() -> anyhow::Result<Vae>>> = match how.compute == DType::F16 && !c.musubi_compat
@@ -243,8 +243,16 @@ fn latent_models<'a>(
     Ok(LatentModels { vae, wide_vae, clip, decoders })
 }
 
+/// The VAE of a file, which must be the task's.
+pub fn load_vae(job: &Job, exec: &Exec, path: &Path, how: VaeOptions) -> anyhow::Result<Vae> {
+    let file = open_vae(path)?;
+    let arch = vae_arch(job, &file)?;
+    let mut get = |key: &str| file.get(key, exec.device()).map_err(|e| unreadable("vae", &e));
+    Ok(Vae::load(arch, exec, how, &mut get)?)
+}
+
 /// On a card matrices are kept in 16 bit, as the published file has them; all of it computes in fp32.
-fn load_clip(path: &Path, device: &Device) -> anyhow::Result<ClipVision> {
+pub fn load_clip(path: &Path, device: &Device) -> anyhow::Result<ClipVision> {
     let file = Keyed::open(path, "the CLIP vision tower", clip_name)?;
     let arch = ClipArch::infer(&|key| file.shape(key), None)?;
     let mut get = |key: &str| file.try_get(key, device).map_err(|e| unreadable("clip", &e));

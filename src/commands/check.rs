@@ -11,7 +11,7 @@ use wan_models::arch::Role;
 use super::cache::Prepared;
 use super::job::Job;
 use super::pair::Runs;
-use super::{plan, weights};
+use super::{plan, preview, weights};
 use crate::cache::{BucketKey, CacheReport};
 use crate::config::SHARED;
 use crate::data::{self, repair, Verdict};
@@ -34,6 +34,7 @@ pub fn run(runs: &Runs, fix: bool) -> anyhow::Result<ExitCode> {
         sources.push(models(job, &mut faults));
         faults.catch(weights::check_save_merged(job).map_err(Into::into));
         faults.catch(output_place(job));
+        faults.catch(preview::check(job));
     }
     if let Some(buckets) = faults.catch(Prepared::new(job, false)).and_then(|p| dataset(job, &p, &mut faults)) {
         for (job, source) in runs.jobs().iter().zip(&sources) {

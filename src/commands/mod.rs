@@ -17,6 +17,7 @@ mod machine;
 mod musubi;
 mod pair;
 mod plan;
+mod preview;
 mod project;
 mod random_files;
 mod run;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::Prepared;
 use super::job::Job;
 use super::train::{self, Ended};
-use super::{stamp, weights};
+use super::{preview, stamp, weights};
 use crate::checkpoint::Names;
 use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
@@ -70,6 +70,7 @@ impl Runs {
             weights::check_save_merged(job)?;
             let seed = job.config.seed.unwrap_or_default();
             TrainSettings::from_config(&job.config, &job.model, seed)?;
+            preview::prompts(job)?;
             weights::open_dits(job)?;
             weights::fetch_lightning(job)?;
             job.dits().iter().try_for_each(|dit| weights::check_merges(job, dit))?;

@@ -62,6 +62,7 @@ pub fn for_training(
 /// A plan that fits, and for what.
 pub struct Planned {
     plan: Plan,
+    target: Target,
     bucket: BucketKey,
     batch: usize,
     /// What 8-bit products would gain, a line each.
@@ -100,6 +101,21 @@ impl Planned {
     /// See [`explain`].
     pub fn explain(&self, exec: &Exec, e: anyhow::Error) -> anyhow::Error {
         explain(exec, &self.plan.memory, e)
+    }
+
+    /// Bytes that a preview of width, height, frames takes on the device, and those that there are for it: what a step
+    /// needs is free between two steps.
+    pub fn preview(
+        &self,
+        job: &Job,
+        settings: &TrainSettings,
+        (width, height, frames): (usize, usize, usize),
+    ) -> anyhow::Result<(u64, u64)> {
+        let room = Room { target: self.target, budget: self.plan.budget, rates: Rates::default() };
+        let work = work(job, &job.config, settings, &room, BucketKey { width, height, frames }, 1, &[])?;
+        let of_step: u64 = plan::OF_A_STEP.iter().filter_map(|what| Some(self.plan.memory.row(what)?.device)).sum();
+        let stays = self.plan.memory.device() - of_step;
+        Ok((work.preview_bytes(), self.plan.budget.device.saturating_sub(stays)))
     }
 
     /// How the blocks' weights are held.
@@ -287,7 +303,7 @@ fn planned(
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => {
             let offers = plan::offers(&work, &plan, wishes(job, config), &room.rates);
-            Ok(Planned { plan, bucket, batch, offers })
+            Ok(Planned { plan, target: room.target, bucket, batch, offers })
         }
         Err(shortfall) => {
             let more = match shortfall.memory.device() > shortfall.budget.device {

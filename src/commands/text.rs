@@ -16,6 +16,7 @@ use crate::error::UserError;
 use crate::fsio::human;
 use crate::loader::Keyed;
 use crate::plan::available_ram;
+use crate::report::Work;
 use crate::tokenizer::{for_text_encoder, UmT5Tokenizer};
 
 /// Prompts encoded together: a streamed encoder reads its weights once for each such batch.
@@ -59,6 +60,31 @@ pub fn models<'a>(job: &'a Job, options: &CacheOptions, exec: &'a Exec) -> anyho
         tokenizer_fingerprint: options.tokenizer.clone().unwrap_or_default(),
         batch: BATCH,
     })
+}
+
+/// The embeddings `[tokens, width]` of some texts, in host memory; the encoder is gone afterwards. Also a note for each that
+/// the model sees only the beginning of.
+pub fn contexts(job: &Job, exec: &Exec, texts: &[&str]) -> anyhow::Result<(Vec<Tensor>, Vec<String>)> {
+    let path = job.model_file("t5", Role::T5, job.config.t5.as_ref())?;
+    let encoder = Encoder::load(job, &path, exec)?;
+    let mut task = job.progress.begin(Work { what: "prompts", unit: "prompt", start: 0, total: texts.len() as u64 });
+    let (mut all, mut notes) = (Vec::with_capacity(texts.len()), Vec::new());
+    for batch in texts.chunks(BATCH) {
+        let tokens = batch.iter().map(|text| encoder.tokenize(text)).collect::<anyhow::Result<Vec<_>>>()?;
+        let most = job.model.arch.text_len;
+        for (text, tokens) in batch.iter().zip(&tokens).filter(|(_, t)| t.full > t.ids.len().min(most)) {
+            let start: String = text.chars().take(40).collect();
+            let (full, kept) = (tokens.full, tokens.ids.len().min(most));
+            notes.push(format!("the prompt `{start}…` has {full} tokens: the model sees the first {kept}"));
+        }
+        let ids: Vec<Vec<u32>> = tokens.into_iter().map(|t| t.ids).collect();
+        for context in encoder.encode(&ids)? {
+            let seen = context.narrow(0, 0, context.dim(0)?.min(most))?;
+            all.push(seen.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?);
+        }
+        task.advance(batch.len() as u64, "");
+    }
+    Ok((all, notes))
 }
 
 /// What 16 prompts of 512 tokens take beside the weights, rounded up.

@@ -10,6 +10,7 @@ use super::cache::Prepared;
 use super::job::Job;
 use super::pair::Runs;
 use super::plan;
+use super::preview;
 use super::save::{self, Checkpoints};
 use super::watch::{Background, Watch};
 use super::weights::{self, Loaded};
@@ -89,8 +90,11 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     weights::check_fast(&config, &exec)?;
     let plan = plan::for_training(job, &config, &settings, &exec, &index, &sources)?;
     say(&plan.table());
-    let streamed = plan.residency().streamed(job.model.arch.num_layers);
+    let prompts = preview::prompts(job)?;
+    preview::check_room(job, &settings, &plan, &prompts)?;
     let explain = |e| plan.explain(&exec, e);
+    let previews = preview::prepare(job, &config, &settings, &exec, prompts).map_err(explain)?;
+    let streamed = plan.residency().streamed(job.model.arch.num_layers);
     let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
     let (mut loaded, mut keeping) = (Vec::with_capacity(dits.len()), Vec::new());
     for of in dits.iter().zip(&sources) {
@@ -133,7 +137,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
 
     let resumed_after = resumed.as_ref().map(|_| trainer.position().step);
     let dataset = prepared.report();
-    let background = Background { exec: &exec, plan: &plan, dataset };
+    let background = Background { exec: &exec, plan: &plan, dataset, previews };
     let mut watch = Watch::new(job, &config, resumed_after, background)?;
     let outcome = trainer.run(&mut watch, &mut { checkpoints }, &job.stop);
     watch.close();

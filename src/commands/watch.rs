@@ -14,8 +14,10 @@ use crate::config::RunConfig;
 use crate::plan::host_peak;
 use crate::report::runlog::read_points;
 use crate::report::{event_dir, write_report, Point, Progress, RunLog, RunReport, StepLog, Task, Work};
+use crate::train::preview::write::png;
+use crate::train::preview::{At, Previews};
 use crate::train::timesteps::Timestep;
-use crate::train::{Expert, MicroStep, Observer, RunFacts, Saved};
+use crate::train::{Expert, MicroStep, Observer, RunFacts, Saved, Trainer};
 
 /// What a run stands on, for its report.
 pub struct Background<'a> {
@@ -23,6 +25,7 @@ pub struct Background<'a> {
     pub plan: &'a Planned,
     /// What became of every file of the dataset.
     pub dataset: String,
+    pub previews: Option<Previews<'a>>,
 }
 
 /// Listens to the trainer and passes on what people read.
@@ -312,6 +315,18 @@ impl Observer for Watch<'_> {
 
     fn epoch(&mut self, epoch: u64, _step: u64, average_loss: f64) {
         self.record(|log| log.epoch(epoch, average_loss));
+    }
+
+    fn preview(&mut self, at: At, trainer: &Trainer) {
+        let Some(previews) = &self.background.previews else { return };
+        let made = previews.make(at, trainer, &*self.progress);
+        let step = trainer.position().step;
+        for made in made {
+            let (w, h) = made.first_frame.dimensions();
+            self.record(|log| {
+                log.picture(step, &format!("preview/{:02}", made.number), (w, h), &png(&made.first_frame)?)
+            });
+        }
     }
 
     fn saved(&mut self, saved: &Saved) {

@@ -189,10 +189,8 @@ fn derive(r: &mut Resolved, stamp: &str) {
     let mut derived = Vec::new();
     let base = c.base_dir.to_string_lossy().into_owned();
     let in_base = |p: &Path| PathBuf::from(p.to_string_lossy().replace("{base_dir}", &base));
-    for path in [&mut c.dit, &mut c.dit_high_noise, &mut c.vae, &mut c.t5, &mut c.clip, &mut c.dataset_config]
-        .into_iter()
-        .flatten()
-    {
+    let models = [&mut c.dit, &mut c.dit_high_noise, &mut c.vae, &mut c.t5, &mut c.clip];
+    for path in models.into_iter().chain([&mut c.dataset_config, &mut c.sample_prompts]).flatten() {
         *path = in_base(path);
     }
     let merged = c.base_weights.iter_mut().chain(c.base_weights_high_noise.iter_mut().flatten());
@@ -451,6 +449,8 @@ fn validate(c: &RunConfig) -> Result<(), UserError> {
         ("max_train_epochs", c.max_train_epochs.unwrap_or(1)),
         ("save_every_n_epochs", c.save_every_n_epochs.unwrap_or(1)),
         ("save_every_n_steps", c.save_every_n_steps.unwrap_or(1)),
+        ("sample_every_n_epochs", c.sample_every_n_epochs.unwrap_or(1)),
+        ("sample_every_n_steps", c.sample_every_n_steps.unwrap_or(1)),
     ] {
         if value == 0 {
             return bad(format!("{name} is 0: it must be at least 1"));

@@ -253,6 +253,12 @@ options! {
         metadata_reso: Option<String> = None; "modelspec resolution"
         metadata_arch: Option<String> = None; "modelspec architecture"
     }
+    "Previews" {
+        sample_prompts: Option<PathBuf> = None; "Prompts of pictures and clips made during training: .txt, .toml or .json (docs/previews.md)"
+        sample_every_n_steps: Option<u64> = None; "Make previews every N optimizer steps"
+        sample_every_n_epochs: Option<u64> = None; "Make previews every N epochs"
+        sample_at_first: bool = false; "Make previews before the first step too"
+    }
     "Logs" {
         logging_dir: Option<PathBuf> = None; "Where TensorBoard files and the step log go (default with a template: <run_dir>/logs)"
         log_with: Option<String> = None, choices &["tensorboard"]; "Tracker"

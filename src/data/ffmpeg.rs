@@ -1,4 +1,4 @@
-//! Demultiplexing and decoding through FFmpeg: the one place that calls it.
+//! Demultiplexing and decoding through FFmpeg; `mp4` beside it encodes. Nobody else calls it.
 //!
 //! Errors say what is wrong with the file but not its name, which the caller knows.
 
@@ -19,7 +19,8 @@ use super::video::Facts;
 /// 8K in either direction, and more than any training resolution.
 const MOST_PIXELS: u64 = 8192 * 8192;
 
-fn open(path: &Path) -> Result<ff::format::context::Input> {
+/// Starts FFmpeg, once, and silences it.
+pub fn ready() -> Result<()> {
     static READY: OnceLock<bool> = OnceLock::new();
     let ready = *READY.get_or_init(|| {
         ff::log::set_level(ff::log::Level::Quiet);
@@ -28,6 +29,11 @@ fn open(path: &Path) -> Result<ff::format::context::Input> {
     if !ready {
         bail!("FFmpeg cannot be started");
     }
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<ff::format::context::Input> {
+    ready()?;
     if path.metadata()?.len() == 0 {
         bail!("the file is empty (0 bytes)");
     }

@@ -15,6 +15,8 @@ mod ffmpeg;
 mod folder;
 pub mod frames;
 mod listing;
+#[cfg(feature = "video")]
+mod mp4;
 pub mod picture;
 pub mod repair;
 pub mod resize;

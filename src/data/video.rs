@@ -12,6 +12,8 @@ pub const OLD_EXTENSIONS: usize = 10;
 
 #[cfg(feature = "video")]
 pub use super::ffmpeg::{first_frame, probe, read_through, Reader};
+#[cfg(feature = "video")]
+pub use super::mp4::to_mp4;
 #[cfg(not(feature = "video"))]
 pub use missing::{first_frame, probe, read_through, Reader};
 

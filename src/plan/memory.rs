@@ -288,6 +288,12 @@ impl Job {
         }
     }
 
+    /// The most that a preview takes beside what stays between steps: a forward pass is within a block's working set of a
+    /// step that keeps nothing, for as many tokens.
+    pub fn preview_bytes(&self) -> u64 {
+        self.saved_bytes(SavePolicy::Recompute) + self.working_bytes(SavePolicy::Recompute, false) + self.batch_bytes()
+    }
+
     /// What single operations need beside their arguments and results.
     fn scratch_bytes(&self) -> u64 {
         let (d, n, l) = (self.arch.dim as u64, self.arch.num_heads as u64, self.tokens());
@@ -398,14 +404,16 @@ impl Prices {
             }
             peak = peak.max(kept + self.working[policy][usize::from(on_host)]);
         }
-        row("saved activations", kept, away);
-        row("working set of a block", peak.saturating_sub(kept), 0);
+        row(OF_A_STEP[0], kept, away);
+        row(OF_A_STEP[1], peak.saturating_sub(kept), 0);
         row("scratch", self.scratch, 0);
         row("batches", self.batches, if self.cpu { 0 } else { self.batches });
         Memory { rows }
     }
 }
 
+/// The rows of what is gone between two steps.
+pub const OF_A_STEP: [&str; 2] = ["saved activations", "working set of a block"];
 /// The rows of a model's weights.
 const WEIGHTS: [&str; 3] = ["embeddings, head, norms, biases", "resident blocks", "streamed blocks"];
 /// The same of two experts: both have their weights and their ring.

@@ -10,7 +10,7 @@ pub use cards::{Card, Rates};
 pub use choose::Wishes;
 pub use choose::{choose, offers, predict, Plan, Shortfall};
 pub use device::{available_ram, host_peak, Budget};
-pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm};
+pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm, OF_A_STEP};
 
 /// Bytes as GiB for people; small models show more digits.
 pub fn gib(bytes: u64) -> String {

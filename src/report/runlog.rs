@@ -116,6 +116,12 @@ impl RunLog {
         self.events.text(0, "config", &fenced).map_err(|e| fsio::explain(e, &self.dir))
     }
 
+    /// A picture, as the bytes of a PNG file, in the events alone.
+    pub fn picture(&mut self, step: u64, tag: &str, size: (u32, u32), png: &[u8]) -> Result<()> {
+        self.events.picture(step, tag, size, png).map_err(|e| fsio::explain(e, &self.dir))?;
+        self.flush()
+    }
+
     pub fn flush(&mut self) -> Result<()> {
         self.events.flush().map_err(|e| fsio::explain(e, &self.dir))
     }

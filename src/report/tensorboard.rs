@@ -58,6 +58,14 @@ impl EventWriter {
         self.record(&Message::event(step).message(5, &Message::default().message(1, &value)))
     }
 
+    /// A picture of width and height for the "Images" tab, as the bytes of a PNG file.
+    pub fn picture(&mut self, step: u64, tag: &str, (w, h): (u32, u32), png: &[u8]) -> io::Result<()> {
+        const RGB: u64 = 3;
+        let picture = Message::default().varint(1, h.into()).varint(2, w.into()).varint(3, RGB).bytes(4, png);
+        let value = Message::default().string(1, tag).message(4, &picture);
+        self.record(&Message::event(step).message(5, &Message::default().message(1, &value)))
+    }
+
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }

@@ -189,25 +189,11 @@ impl Assembler<'_> {
 
     /// The channels that stand behind the noisy latent, `[b, in_dim - c, f, h, w]`.
     fn conditioning(&self, items: &[usize], loaded: &[ItemTensors]) -> Result<Option<Tensor>> {
-        const MASK: usize = 4;
-        let image = || self.stack(items, loaded, "first-frame conditioning", |t| t.latents_image.as_ref());
-        let control = || self.stack(items, loaded, "control latents", |t| t.control.as_ref());
-        Ok(match self.settings.conditioning {
-            Conditioning::None | Conditioning::CleanFirstFrame => None,
-            Conditioning::FirstFrame | Conditioning::FirstLastFrame => Some(image()?),
-            Conditioning::Control => {
-                let control = control()?;
-                Some(Tensor::cat(&[&control, &control.zeros_like()?], 1)?)
-            }
-            Conditioning::ControlFirstFrame => {
-                let (control, image) = (control()?, image()?);
-                let frames = image.dim(2)?;
-                let image = image.narrow(1, MASK, image.dim(1)? - MASK)?;
-                let first = image.narrow(2, 0, 1)?;
-                let rest = image.narrow(2, 1, frames - 1)?.zeros_like()?;
-                Some(Tensor::cat(&[&control, &Tensor::cat(&[&first, &rest], 2)?], 1)?)
-            }
-        })
+        channels(
+            self.settings.conditioning,
+            || self.stack(items, loaded, "first-frame conditioning", |t| t.latents_image.as_ref()),
+            || self.stack(items, loaded, "control latents", |t| t.control.as_ref()),
+        )
     }
 
     /// CLIP features `[b · images, tokens, width]` where the model takes them.
@@ -239,4 +225,30 @@ impl Assembler<'_> {
         }
         Ok(Some(features))
     }
+}
+
+/// The channels that stand behind the noisy latent, `[b, in_dim - c, f, h, w]`, of what the task has: a first-frame
+/// condition (mask and latents), the latents of a control video.
+pub fn channels(
+    conditioning: Conditioning,
+    image: impl FnOnce() -> Result<Tensor>,
+    control: impl FnOnce() -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    const MASK: usize = 4;
+    Ok(match conditioning {
+        Conditioning::None | Conditioning::CleanFirstFrame => None,
+        Conditioning::FirstFrame | Conditioning::FirstLastFrame => Some(image()?),
+        Conditioning::Control => {
+            let control = control()?;
+            Some(Tensor::cat(&[&control, &control.zeros_like()?], 1)?)
+        }
+        Conditioning::ControlFirstFrame => {
+            let (control, image) = (control()?, image()?);
+            let frames = image.dim(2)?;
+            let image = image.narrow(1, MASK, image.dim(1)? - MASK)?;
+            let first = image.narrow(2, 0, 1)?;
+            let rest = image.narrow(2, 1, frames - 1)?.zeros_like()?;
+            Some(Tensor::cat(&[&control, &Tensor::cat(&[&first, &rest], 2)?], 1)?)
+        }
+    })
 }

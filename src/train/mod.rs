@@ -11,6 +11,7 @@ pub mod models;
 pub mod noise;
 pub mod observe;
 pub mod order;
+pub mod preview;
 pub mod quantile;
 pub mod scale;
 pub mod settings;

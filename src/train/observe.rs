@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::expert::Expert;
+use super::preview::At;
 use super::timesteps::Timestep;
 use super::trainer::{Saved, Trainer};
 use crate::adapter::norm::NormReport;
@@ -73,6 +74,8 @@ pub trait Observer {
     /// `epoch` epochs are done.
     fn epoch(&mut self, _epoch: u64, _step: u64, _average_loss: f64) {}
     fn saved(&mut self, _saved: &Saved) {}
+    /// Previews are due; the weights stand still.
+    fn preview(&mut self, _at: At, _trainer: &Trainer) {}
 }
 
 /// Nobody listens.

@@ -5,6 +5,7 @@ use wan_models::adapter::Kind;
 use wan_models::arch::{Conditioning, ModelConfig};
 
 use super::expert::{idle_note, range_note};
+use super::preview;
 use super::timesteps::TimestepSpec;
 use crate::adapter::network::NetworkOptions;
 use crate::adapter::NetworkSpec;
@@ -83,6 +84,7 @@ pub struct TrainSettings {
     pub scale_weight_norms: Option<f64>,
     pub conditioning: Conditioning,
     pub save: SaveEvery,
+    pub previews: preview::Every,
     pub compat: Compat,
     /// Consecutive steps with a loss or gradient that is not finite, after which the run stops.
     pub max_bad_steps: u32,
@@ -95,6 +97,13 @@ impl TrainSettings {
     pub fn from_config(c: &RunConfig, model: &ModelConfig, seed: u64) -> Result<Self, UserError> {
         let compat = if c.musubi_compat { Compat::musubi() } else { Compat::default() };
         let mut notes = Vec::new();
+        if c.sample_prompts.is_some() && previews(c)?.is_never() {
+            notes.push(
+                "--sample_prompts alone makes no previews: add --sample_every_n_steps N, --sample_every_n_epochs N or \
+                 --sample_at_first"
+                    .into(),
+            );
+        }
         let at_least_one = |name: &str, v: u64| match v {
             0 => Err(UserError::usage(format!("--{name} must be at least 1"))),
             v => Ok(v),
@@ -171,6 +180,7 @@ impl TrainSettings {
                 state: c.save_state,
                 state_at_end: c.save_state || c.save_state_on_train_end,
             },
+            previews: previews(c)?,
             compat,
             max_bad_steps: 5,
             notes,
@@ -196,6 +206,18 @@ impl TrainSettings {
             Length::Steps(steps) => steps.div_ceil(self.steps_per_epoch(batches_per_epoch).max(1)),
             Length::Epochs(epochs) => epochs,
         }
+    }
+}
+
+/// When previews are made; never without prompts.
+fn previews(c: &RunConfig) -> Result<preview::Every, UserError> {
+    let (steps, epochs) = (c.sample_every_n_steps, c.sample_every_n_epochs);
+    let every = preview::Every { steps, epochs, at_first: c.sample_at_first };
+    match c.sample_prompts {
+        Some(_) => Ok(every),
+        None if every.is_never() => Ok(every),
+        None => Err(UserError::usage("previews are asked for, but no prompts are given")
+            .hint("add --sample_prompts FILE: a text file with a prompt a line")),
     }
 }
 

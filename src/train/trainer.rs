@@ -21,6 +21,7 @@ use super::loss;
 use super::models::{Frozen, Models};
 use super::observe::{MicroStep, Observer, Outcome, RunFacts, Saver, Update, When};
 use super::order;
+use super::preview::At;
 use super::scale::LossScale;
 use super::settings::TrainSettings;
 use crate::adapter::{norm, select, AdapterParams, Grads, StepAdapters};
@@ -118,6 +119,10 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    pub fn parts(&self) -> Parts<'a> {
+        self.parts
+    }
+
     pub fn params(&self) -> &AdapterParams {
         &self.params
     }
@@ -156,7 +161,7 @@ impl<'a> Trainer<'a> {
     pub fn run(&mut self, observer: &mut dyn Observer, saver: &mut dyn Saver, stop: &AtomicBool) -> Result<Outcome> {
         observer.started(&self.facts, &self.position);
         if self.position.step >= self.facts.total_steps {
-            return self.finish(observer, saver);
+            return self.finish(None, observer, saver, stop);
         }
         let (parts, settings) = (self.parts, self.settings.clone());
         let (from, epochs) = (self.position.clone(), self.facts.total_epochs);
@@ -186,6 +191,12 @@ impl<'a> Trainer<'a> {
         stop: &AtomicBool,
     ) -> Result<Outcome> {
         let mut group = Group::default();
+        if let Some(at) = self.settings.previews.first(self.position.items) {
+            observer.preview(at, self);
+            if stop.load(Ordering::Relaxed) {
+                return Ok(Outcome::Stopped { step: self.position.step, state: None });
+            }
+        }
         let mut since = Instant::now();
         while self.position.epoch < self.facts.total_epochs {
             while self.position.micro_batch < self.facts.batches_per_epoch {
@@ -224,9 +235,11 @@ impl<'a> Trainer<'a> {
                     let saved = saver.save(When::Step(self.position.step), self.settings.save.state, self)?;
                     observer.saved(&saved);
                 }
+                let due = self.settings.previews.after_step(self.position.step);
                 if done {
-                    return self.finish(observer, saver);
+                    return self.finish(due, observer, saver, stop);
                 }
+                self.preview(due, observer, stop, &mut since);
                 if stop.load(Ordering::Relaxed) {
                     let saved = saver.save(When::Stop(self.position.step), true, self)?;
                     observer.saved(&saved);
@@ -234,8 +247,23 @@ impl<'a> Trainer<'a> {
                 }
             }
             self.end_epoch(observer, saver)?;
+            let due = self.settings.previews.after_epoch(self.position.epoch, self.position.step);
+            self.preview(due, observer, stop, &mut since);
+            if due.is_some() && stop.load(Ordering::Relaxed) && self.position.epoch < self.facts.total_epochs {
+                let saved = saver.save(When::Stop(self.position.step), true, self)?;
+                observer.saved(&saved);
+                return Ok(Outcome::Stopped { step: self.position.step, state: saved.state });
+            }
         }
-        self.finish(observer, saver)
+        self.finish(None, observer, saver, stop)
+    }
+
+    /// Previews, where they are due and nobody wants to stop; their time is not the next step's.
+    fn preview(&mut self, due: Option<At>, observer: &mut dyn Observer, stop: &AtomicBool, since: &mut Instant) {
+        if let Some(at) = due.filter(|_| !stop.load(Ordering::Relaxed)) {
+            observer.preview(at, self);
+            *since = Instant::now();
+        }
     }
 
     /// Forward, loss and backward of one micro-batch; gradients are added to those of the group.
@@ -335,14 +363,23 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn finish(&mut self, observer: &mut dyn Observer, saver: &mut dyn Saver) -> Result<Outcome> {
+    /// The last checkpoint, and then the previews of the last step or epoch: nothing they do can cost the run.
+    fn finish(
+        &mut self,
+        mut due: Option<At>,
+        observer: &mut dyn Observer,
+        saver: &mut dyn Saver,
+        stop: &AtomicBool,
+    ) -> Result<Outcome> {
         if self.position.micro_batch == self.facts.batches_per_epoch {
             self.position.epoch += 1;
             self.position.micro_batch = 0;
             observer.epoch(self.position.epoch, self.position.step, self.history.average());
+            due = due.or_else(|| self.settings.previews.after_epoch(self.position.epoch, self.position.step));
         }
         let saved = saver.save(When::End, self.settings.save.state_at_end, self)?;
         observer.saved(&saved);
+        self.preview(due, observer, stop, &mut Instant::now());
         Ok(Outcome::Finished { step: self.position.step, lora: saved.lora })
     }
 }

@@ -10,6 +10,7 @@ mod lora_fp8;
 mod mistakes;
 mod musubi;
 mod pair;
+mod previews;
 mod resume;
 mod setup;
 mod shared;

@@ -3,6 +3,8 @@
 mod batches;
 mod golden_steps;
 mod plan;
+mod previews;
+mod prompts;
 mod resume;
 mod ring;
 mod run;

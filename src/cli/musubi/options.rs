@@ -25,7 +25,6 @@ pub enum Fate {
 /// One row of a table.
 pub type Row = (&'static str, Words, Fate);
 
-const PREVIEWS: Fate = Fate::Idle("training makes no previews");
 const UPLOADS: Fate = Fate::Idle("nothing is uploaded");
 const COMPILER: Fate = Fate::Idle("nothing is compiled at run time");
 const ATTENTION: Fate = Fate::Idle("attention has its own kernels");
@@ -73,10 +72,6 @@ pub const TRAIN: &[Row] = &[
     ("ddp_timeout", Words::One, DISTRIBUTED),
     ("ddp_gradient_as_bucket_view", Words::None, DISTRIBUTED),
     ("ddp_static_graph", Words::None, DISTRIBUTED),
-    ("sample_prompts", Words::One, PREVIEWS),
-    ("sample_every_n_steps", Words::One, PREVIEWS),
-    ("sample_every_n_epochs", Words::One, PREVIEWS),
-    ("sample_at_first", Words::None, PREVIEWS),
     ("huggingface_repo_id", Words::One, UPLOADS),
     ("huggingface_repo_type", Words::One, UPLOADS),
     ("huggingface_path_in_repo", Words::One, UPLOADS),
