@@ -64,7 +64,7 @@ fn pictures_and_clips_are_made_and_the_training_is_the_same_to_the_bit() {
     for (clip, tag) in clips.iter().zip(["000008", "000016", "e000000"]) {
         let name = name(clip);
         assert!(name.contains(&format!("_{tag}_00_")), "{name}");
-        assert!(digits(&name).ends_with("_99_99999999999999_9.mp4") && name.ends_with("_7.mp4"), "{name}");
+        assert!(digits(&name).ends_with("_99_99999999999999_9.mp9") && name.ends_with("_7.mp4"), "{name}");
         let facts = video::probe(clip, true, true).unwrap();
         assert_eq!((facts.size, facts.frames, facts.fps, facts.variable), ((64, 48), 5, Some(16.0), None));
         assert!(said.contains(&name), "{said}");
@@ -157,6 +157,6 @@ fn mistakes_are_found_before_anything_is_loaded() {
     refused(&run(&["--sample_prompts", "p.txt"]), 1, &["previews do not fit", "p.txt, line 1", "--w, --h, --f"]);
     assert!(bench.outputs(".safetensors").is_empty());
     // Prompts without an occasion are no mistake, and nothing is loaded for them.
-    let out = bench.run("", &["--epochs", "1", "--sample_prompts", "p.txt", "--vae", "none", "--t5", "none"]);
+    let out = bench.run("train", &["--epochs", "1", "--sample_prompts", "p.txt", "--vae", "none", "--t5", "none"]);
     assert!(text(&out).contains("--sample_prompts alone makes no previews"), "{}", text(&out));
 }
