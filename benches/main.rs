@@ -1,8 +1,9 @@
 //! What the CPU path costs: `cargo bench`. Cards are measured by `wan-train bench`, which needs no cargo there.
 
 use candle_core::{Device, Tensor};
-use criterion::{criterion_group, criterion_main, Criterion};
+use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::hint::black_box;
+use std::io::Write;
 use wan_kernels::Exec;
 use wan_models::arch::ModelConfig;
 use wan_models::wan::{random_weights, Numerics, SavePlan, SavePolicy, Timesteps, WanInputs, WanModel, WanWeights};
@@ -11,6 +12,7 @@ use wan_train::config::registry;
 use wan_train::data::resize;
 #[cfg(feature = "video")]
 use wan_train::data::video::Reader;
+use wan_train::loader::{Reading, Source};
 use wan_train::optim::{Optimizer, OptimizerSpec};
 use wan_train::tokenizer::UmT5Tokenizer;
 
@@ -92,5 +94,59 @@ fn tokenizer(c: &mut Criterion) {
     c.bench_function("tokenize 105 words", |b| b.iter(|| tokenizer.encode(black_box(&caption)).unwrap()));
 }
 
-criterion_group!(benches, step, decode, resizing, tokenizer);
+/// A checkpoint of 1 GiB in the page cache, both ways: piece by piece into memory that is used again, as for a card, and
+/// tensor by tensor into memory of its own, as for the CPU. The rate is that of all threads together.
+fn reading(c: &mut Criterion) {
+    const TENSORS: usize = 16;
+    const TENSOR: usize = 64 << 20;
+    const PIECE: usize = 16 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let mut header = serde_json::Map::new();
+    for i in 0..TENSORS {
+        let at = [i * TENSOR, (i + 1) * TENSOR];
+        header.insert(i.to_string(), serde_json::json!({"dtype": "U8", "shape": [TENSOR], "data_offsets": at}));
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut file = std::fs::File::create(&path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    let values: Vec<u8> = (0..TENSOR).map(|i| (i / 251) as u8).collect();
+    (0..TENSORS).for_each(|_| file.write_all(&values).unwrap());
+    drop((file, values));
+
+    let sources = [("mapped", Reading::Mapped), ("by position", Reading::Positional)]
+        .map(|(name, reading)| (name, Source::open_by(&path, reading).unwrap()));
+    for threads in [1, 2, 8] {
+        let mut group = c.benchmark_group(format!("read 1 GiB, {threads} threads"));
+        group.sample_size(10).throughput(Throughput::Bytes((TENSORS * TENSOR) as u64));
+        for (name, source) in &sources {
+            let each = |work: &(dyn Fn(usize, &mut [u8]) + Sync)| {
+                std::thread::scope(|scope| {
+                    for thread in 0..threads {
+                        scope.spawn(move || {
+                            let mut buffer = vec![1u8; PIECE];
+                            (thread..TENSORS).step_by(threads).for_each(|i| work(i, &mut buffer));
+                        });
+                    }
+                });
+            };
+            group.bench_function(format!("{name}, pieces into one buffer"), |b| {
+                b.iter(|| {
+                    each(&|i, buffer| {
+                        for at in (0..TENSOR).step_by(PIECE) {
+                            source.read_part(&i.to_string(), at, buffer).unwrap();
+                        }
+                    })
+                })
+            });
+            group.bench_function(format!("{name}, tensors into fresh memory"), |b| {
+                b.iter(|| each(&|i, _| drop(black_box(source.bytes(&i.to_string()).unwrap()))))
+            });
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, step, decode, resizing, tokenizer, reading);
 criterion_main!(benches);

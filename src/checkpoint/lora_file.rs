@@ -3,7 +3,7 @@
 
 use super::lora_keys::{classify, classify_compat, Form, Part};
 use crate::error::UserError;
-use crate::loader::{Fetch, Source};
+use crate::loader::{Fetch, Reading, Source};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,7 +52,12 @@ impl LoraFile {
     /// Errors: no file, no LoRA, a key that maps to nothing we know (all of them listed), a module with half of its
     /// factors, two keys for the same thing.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = Self::index(Store::File(Box::new(Source::open(path)?)), path, false)?;
+        Self::open_by(path, Reading::default())
+    }
+
+    /// The same, read in the way that is asked for.
+    pub fn open_by(path: &Path, reading: Reading) -> Result<Self> {
+        let file = Self::index(Store::File(Box::new(Source::open_by(path, reading)?)), path, false)?;
         file.require_all_mapped()?;
         Ok(file)
     }

@@ -102,7 +102,7 @@ fn start(job: &Job, exec: &Exec, options: &BenchOptions, path: &Path) -> anyhow:
     }
     let _ = options;
     let clock = Instant::now();
-    let source = Source::open(path)?;
+    let source = Source::open_by(path, job.config.reading())?;
     let opened = clock.elapsed();
     let loaded = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &[])?;
     let (done, peak) = (clock.elapsed(), host_peak());
@@ -129,7 +129,7 @@ fn on_card(
     let clock = Instant::now();
     let (planned, _, settings) = plan_for(job, exec, options)?;
     let streamed = residency(&planned).streamed(job.model.arch.num_layers);
-    let source = Source::open(path)?;
+    let source = Source::open_by(path, job.config.reading())?;
     let opened = clock.elapsed();
     let loaded = weights::load(job, &job.config, (&job.dits()[0], &source), exec.device(), &streamed);
     let loaded = loaded.map_err(|e| explain(exec, &planned.memory, e))?;

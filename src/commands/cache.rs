@@ -159,7 +159,7 @@ fn options(job: &Job, work: Option<CacheWhat>) -> anyhow::Result<CacheOptions> {
     };
     let vae_path = job.model_file("vae", Role::Vae, c.vae.as_ref());
     let geometry = match &vae_path {
-        Ok(path) => (&vae_arch(job, &open_vae(path)?)?).into(),
+        Ok(path) => (&vae_arch(job, &open_vae(job, path)?)?).into(),
         Err(_) if !models => (&published_vae(job)).into(),
         Err(_) => return Err(vae_path.unwrap_err()),
     };
@@ -190,8 +190,8 @@ pub fn published_vae(job: &Job) -> VaeArch {
     }
 }
 
-fn open_vae(path: &Path) -> anyhow::Result<Keyed> {
-    Keyed::open(path, "the VAE", vae_name)
+fn open_vae(job: &Job, path: &Path) -> anyhow::Result<Keyed> {
+    Keyed::open(path, job.config.reading(), "the VAE", vae_name)
 }
 
 /// The VAE's numbers from its tensors, checked against what the task needs.
@@ -233,7 +233,7 @@ fn latent_models<'a>(
             let path = job.model_file("clip", Role::Clip, c.clip.as_ref())?;
             Some(Lazy {
                 fingerprint: options.clip_vision.clone().unwrap_or_default(),
-                load: Box::new(move || load_clip(&path, exec.device())),
+                load: Box::new(move || load_clip(job, &path, exec.device())),
             })
         }
     };
@@ -245,15 +245,15 @@ fn latent_models<'a>(
 
 /// The VAE of a file, which must be the task's.
 pub fn load_vae(job: &Job, exec: &Exec, path: &Path, how: VaeOptions) -> anyhow::Result<Vae> {
-    let file = open_vae(path)?;
+    let file = open_vae(job, path)?;
     let arch = vae_arch(job, &file)?;
     let mut get = |key: &str| file.get(key, exec.device()).map_err(|e| unreadable("vae", &e));
     Ok(Vae::load(arch, exec, how, &mut get)?)
 }
 
 /// On a card matrices are kept in 16 bit, as the published file has them; all of it computes in fp32.
-pub fn load_clip(path: &Path, device: &Device) -> anyhow::Result<ClipVision> {
-    let file = Keyed::open(path, "the CLIP vision tower", clip_name)?;
+pub fn load_clip(job: &Job, path: &Path, device: &Device) -> anyhow::Result<ClipVision> {
+    let file = Keyed::open(path, job.config.reading(), "the CLIP vision tower", clip_name)?;
     let arch = ClipArch::infer(&|key| file.shape(key), None)?;
     let mut get = |key: &str| file.try_get(key, device).map_err(|e| unreadable("clip", &e));
     let storage = if device.is_cuda() { DType::F16 } else { DType::F32 };

@@ -103,7 +103,9 @@ fn models(job: &Job, faults: &mut Faults) -> Vec<Source> {
     let (_, clip) = job.conditions();
     let others = [("vae", Role::Vae, &c.vae, true), ("t5", Role::T5, &c.t5, true), ("clip", Role::Clip, &c.clip, clip)];
     for (option, role, path, _) in others.into_iter().filter(|(.., needed)| *needed) {
-        let opened = job.model_file(option, role, path.as_ref()).and_then(|path| Ok((Source::open(&path)?, path)));
+        let opened = job
+            .model_file(option, role, path.as_ref())
+            .and_then(|path| Ok((Source::open_by(&path, c.reading())?, path)));
         if let Some((source, path)) = faults.catch(opened) {
             table.row([
                 crate::hub::role_name(role).into(),

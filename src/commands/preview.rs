@@ -197,7 +197,7 @@ fn pictures(job: &Job, exec: &Exec, prompts: &[Prompt]) -> anyhow::Result<std::c
     let path = job.model_file("vae", Role::Vae, job.config.vae.as_ref())?;
     let vae = load_vae(job, exec, &path, vae_numbers(job, exec).encoder_only())?;
     let clip = match sees(job) {
-        true => Some(load_clip(&job.model_file("clip", Role::Clip, job.config.clip.as_ref())?, exec.device())?),
+        true => Some(load_clip(job, &job.model_file("clip", Role::Clip, job.config.clip.as_ref())?, exec.device())?),
         false => None,
     };
     prompts.iter().map(|prompt| one(job, prompt, &vae, clip.as_ref(), none.clone())).collect()

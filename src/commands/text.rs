@@ -128,7 +128,7 @@ struct Encoder {
 
 impl Encoder {
     fn load(job: &Job, path: &Path, exec: &Exec) -> anyhow::Result<Self> {
-        let file = Keyed::open(path, "the text encoder", official_key)?;
+        let file = Keyed::open(path, job.config.reading(), "the text encoder", official_key)?;
         let bytes = file.source().total_bytes();
         let source = FileSource(file);
         let config = Umt5Config::from_shapes(&source)?;

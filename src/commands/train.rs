@@ -80,7 +80,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let start_weights = match &config.network_weights {
         Some(path) => {
             require_file("--resume_from", path)?;
-            Some((path.clone(), LoraFile::open(path)?))
+            Some((path.clone(), LoraFile::open_by(path, config.reading())?))
         }
         None => None,
     };

@@ -30,7 +30,7 @@ pub fn open_dits(job: &Job) -> anyhow::Result<Vec<(Dit, Source)>> {
 /// Opens a DiT and holds it against the task: a wrong file is found here, before anything is read.
 pub fn open_dit(job: &Job, dit: &Dit) -> anyhow::Result<Source> {
     let path = job.model_file(dit.option, dit.role, dit.path.as_ref())?;
-    let source = Source::open(&path)?;
+    let source = Source::open_by(&path, job.config.reading())?;
     let table = DitTable::new(&source, &job.model.arch, &job.config.task)?;
     if let Some(note) = check_precision(&source, &job.config.mixed_precision, job.config.musubi_compat)? {
         job.progress.say(&format!("note: {note}"));
@@ -209,7 +209,7 @@ fn merges(job: &Job, dit: &Dit) -> anyhow::Result<Vec<LoraMerge>> {
     for (i, file) in dit.merges.iter().enumerate() {
         let strength = strength(&job.config, i)?;
         job.progress.say(&format!("merging {file} at strength {strength}{into} while loading"));
-        merges.push(LoraMerge { file: LoraFile::open(Path::new(file))?, strength });
+        merges.push(LoraMerge { file: LoraFile::open_by(Path::new(file), job.config.reading())?, strength });
     }
     if dit.expert == Some(Expert::High) && merges.is_empty() && !job.config.base_weights.is_empty() {
         job.progress.say("note: nothing is merged into the high-noise DiT");

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use wan_models::linear::Products;
 
+use crate::loader::Reading;
+
 /// How an option is written on the command line and in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -153,6 +155,7 @@ options! {
         t5: Option<PathBuf> = None; "umT5 encoder weights"
         clip: Option<PathBuf> = None; "CLIP vision weights (Wan 2.1 image-to-video only)"
         vae_dtype: String = "bfloat16".into(), choices FLOAT_TYPES; "Dtype in which latents are stored"
+        disable_numpy_memmap: bool = false, aliases &["disable_mmap"]; "Read model files by position instead of through a memory mapping (always so on network file systems, and where the system has no safe mapping)"
         fp8_t5: bool = false; "Hold the umT5 weights in fp8"
         vae_cache_cpu: bool = false; "Keep the VAE's causal feature cache in host memory"
         base_weights: Vec<String> = vec![]; "LoRA files merged into the DiT while it loads"
@@ -274,6 +277,15 @@ pub fn find(name: &str) -> Option<&'static Opt> {
 }
 
 impl RunConfig {
+    /// How model files are read.
+    pub fn reading(&self) -> Reading {
+        if self.disable_numpy_memmap {
+            Reading::Positional
+        } else {
+            Reading::Mapped
+        }
+    }
+
     /// What the linears of the blocks are multiplied on. Both 8-bit ways at once are refused while resolving.
     pub fn products(&self) -> Products {
         match (self.fp8_fast, self.int8_fast) {

@@ -5,6 +5,7 @@
 //! header holds the recipe it was made by. Anything but the same recipe, whole, is made again.
 
 use super::dit::LoadOptions;
+use super::part::Reading;
 use super::source::Source;
 use super::values::DitValues;
 use super::Fp8;
@@ -67,6 +68,8 @@ pub struct KeptFp8 {
     recipe: String,
     /// Every matrix of every block, in the order of the blocks.
     sites: Vec<Site>,
+    /// As the model's file is read.
+    reading: Reading,
 }
 
 /// What is there.
@@ -106,7 +109,12 @@ impl KeptFp8 {
         let which = files.map(str::to_owned).chain(strengths).collect::<Vec<_>>().join("\n");
         let stem = source.path().file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let name = format!("{stem}-{}.fp8.safetensors", &sha256_hex(which.as_bytes())[..12]);
-        Ok(Some(Self { path: dir.join(name), recipe: serde_json::to_string(&recipe)?, sites }))
+        Ok(Some(Self {
+            path: dir.join(name),
+            recipe: serde_json::to_string(&recipe)?,
+            sites,
+            reading: source.reading(),
+        }))
     }
 
     pub fn path(&self) -> &Path {
@@ -118,7 +126,7 @@ impl KeptFp8 {
         if !self.path.exists() {
             return Found::Absent;
         }
-        match Source::open(&self.path).and_then(|source| self.check(&source).map(|()| source)) {
+        match Source::open_by(&self.path, self.reading).and_then(|source| self.check(&source).map(|()| source)) {
             Ok(source) => Found::Whole(Box::new(source)),
             Err(e) => Found::Stale(format!("{e:#}")),
         }

@@ -2,6 +2,7 @@
 
 use super::dit::check_quant_format;
 use super::fp8::{dequantize, scale_tensor};
+use super::part::Reading;
 use super::source::Source;
 use crate::error::UserError;
 use anyhow::Result;
@@ -22,12 +23,17 @@ pub struct Keyed {
 }
 
 impl Keyed {
-    /// Opens `path` for the model called `model` in messages (with its article: "the VAE"). `name` gives the model's own name for a key of the file,
+    /// Opens `path`, to be read as `reading` says, for the model called `model` in messages (with its article: "the VAE"). `name` gives the model's own name for a key of the file,
     /// or `None` for keys that are not the model's; it may keep suffixes such as `.scale_weight`.
     ///
     /// Errors: those of [`Source::open`]; a file in which nothing has a name; a quantisation that cannot be read.
-    pub fn open(path: &Path, model: &'static str, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        Self::of(Source::open(path)?, model, name)
+    pub fn open(
+        path: &Path,
+        reading: Reading,
+        model: &'static str,
+        name: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self> {
+        Self::of(Source::open_by(path, reading)?, model, name)
     }
 
     /// The same for a file already open.

@@ -10,7 +10,10 @@ mod fp8;
 mod header;
 mod kept;
 mod keyed;
+#[cfg(target_os = "linux")]
+mod mapped;
 mod merge;
+mod part;
 mod pickle;
 mod shards;
 mod source;
@@ -21,5 +24,6 @@ pub use dit::{check_precision, checkpoint_dtype, compact, load_dit_by_block, Dit
 pub use kept::{kept_bytes, Found, KeptFp8};
 pub use keyed::{clip_name, vae_name, Keyed};
 pub use merge::{merge_into, merge_map, LoraMerge};
+pub use part::Reading;
 pub use source::{Fetch, Source};
 pub use values::DitValues;

@@ -1,19 +1,16 @@
 //! A checkpoint file, or several shards of one, opened but not read: names, shapes, dtypes, and one tensor at a time.
 //!
-//! Tensors are read at their place in the file straight into the memory that the tensor will own. A mapping of the file
-//! would do the same copy, but its pages count as resident memory of the process until the system takes them back, and
-//! a file that shrinks or a network disk that fails under a mapping kills the process instead of giving an error. The
-//! system's page cache is shared either way.
+//! A tensor is copied from its place in the file straight into the memory that it will own: from a mapping of the file,
+//! piece by piece, so that neither the mapping's pages stay in memory nor a file that is cut kills the process (see
+//! `mapped.rs`), or by position where that is asked for or a mapping cannot be had. Both share the system's page cache.
 
 use super::header;
-use crate::error::UserError;
-use crate::fsio;
+use super::part::{refuse, Part, Reading, AGAIN};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Where one tensor's bytes are.
@@ -33,14 +30,6 @@ impl Place {
     }
 }
 
-/// One open file.
-#[derive(Debug)]
-pub(super) struct Part {
-    pub path: PathBuf,
-    file: File,
-    pub len: u64,
-}
-
 /// An open checkpoint.
 #[derive(Debug)]
 pub struct Source {
@@ -49,16 +38,11 @@ pub struct Source {
     places: BTreeMap<String, Place>,
     metadata: BTreeMap<String, String>,
     notes: Vec<String>,
+    reading: Reading,
 }
 
 /// A tensor of a file where it is computed with, from whoever reads ahead; `None` where nobody does.
 pub type Fetch<'a> = &'a dyn Fn(&Source, &str) -> Result<Option<Tensor>>;
-
-fn refuse(path: &Path, why: impl std::fmt::Display, hint: &str) -> anyhow::Error {
-    UserError::new(format!("{} cannot be loaded: {why}", path.display())).hint(hint).into()
-}
-
-const AGAIN: &str = "download the file again, and compare its size with the one shown where it came from";
 
 impl Source {
     /// Opens a checkpoint. `path` may be a safetensors file, one shard of several (`…-00001-of-00006.safetensors` brings
@@ -67,6 +51,11 @@ impl Source {
     ///
     /// Errors name the file and what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_by(path, Reading::default())
+    }
+
+    /// The same, read in the way that is asked for.
+    pub fn open_by(path: &Path, reading: Reading) -> Result<Self> {
         let (main, files) = super::shards::find(path)?;
         let mut source = Source {
             path: main,
@@ -74,6 +63,7 @@ impl Source {
             places: BTreeMap::new(),
             metadata: BTreeMap::new(),
             notes: Vec::new(),
+            reading,
         };
         for file in files {
             source.add(file)?;
@@ -82,12 +72,7 @@ impl Source {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(|e| fsio::explain(e, &path))?;
-        let meta = file.metadata().map_err(|e| fsio::explain(e, &path))?;
-        if meta.is_dir() {
-            return Err(refuse(&path, "it is a directory", "name the file itself"));
-        }
-        let part = Part { len: meta.len(), path, file };
+        let part = Part::open(path, self.reading)?;
         let index = self.parts.len();
         let mut start = vec![0u8; part.len.min(64) as usize];
         part.read_at(&mut start, 0)?;
@@ -148,6 +133,17 @@ impl Source {
     /// Things worth telling the user, such as a wrong file ending.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// The way of reading that was asked for.
+    pub fn reading(&self) -> Reading {
+        self.reading
+    }
+
+    /// Whether every file is read through a mapping. Not so where it was not asked for, where a system other than Linux
+    /// or one before 5.14 runs, and for files on network file systems and in FUSE.
+    pub fn is_mapped(&self) -> bool {
+        self.parts.iter().all(Part::is_mapped)
     }
 
     /// The `__metadata__` of safetensors files.
@@ -414,42 +410,4 @@ impl Kind {
         }
         other(&format!("it has {len} bytes, too few for a model"), AGAIN)
     }
-}
-
-impl Part {
-    pub fn read_at(&self, out: &mut [u8], at: u64) -> Result<()> {
-        let result = read_exact_at(&self.file, out, at);
-        result.map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                refuse(&self.path, "it ended early: it became shorter while in use", AGAIN)
-            }
-            _ => fsio::explain(e, &self.path),
-        })
-    }
-
-    fn safetensors(&self) -> std::result::Result<header::Header, String> {
-        let words = |e: anyhow::Error| e.to_string();
-        let mut first = [0u8; 8];
-        self.read_at(&mut first, 0).map_err(words)?;
-        let n = header::header_len(first, self.len)?;
-        let mut text = vec![0u8; n as usize];
-        self.read_at(&mut text, 8).map_err(words)?;
-        header::parse(&text, self.len)
-    }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, out, at)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut out: &mut [u8], mut at: u64) -> std::io::Result<()> {
-    while !out.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, out, at)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => (out, at) = (&mut out[n..], at + n as u64),
-        }
-    }
-    Ok(())
 }

@@ -1,7 +1,8 @@
 //! Torch files: a zip archive of stored members, of which one is a pickle that names the tensors.
 
+use super::part::Part;
 use super::pickle;
-use super::source::{Part, Place};
+use super::source::Place;
 use std::collections::BTreeMap;
 use std::fs::File;
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use wan_models::umt5::official_key;
 use wan_train::fsio::{write_safetensors, TensorOut};
-use wan_train::loader::{clip_name, vae_name, Keyed};
+use wan_train::loader::{clip_name, vae_name, Keyed, Reading};
 
 const CPU: Device = Device::Cpu;
 
@@ -38,7 +38,7 @@ fn each_model_is_found_under_any_prefix_and_only_its_own_keys_are_taken() {
         let path = dir.path().join("wrapped.safetensors");
         write(&path, &wrapped);
         for path in [&official, &path] {
-            let keyed = Keyed::open(path, what, name).unwrap();
+            let keyed = Keyed::open(path, Reading::Mapped, what, name).unwrap();
             assert_eq!(keyed.keys().count(), tensors.len(), "{file}");
             for (key, want) in &tensors {
                 assert_eq!(keyed.shape(key).as_deref(), Some(want.dims()), "{file} {key}");
@@ -50,7 +50,7 @@ fn each_model_is_found_under_any_prefix_and_only_its_own_keys_are_taken() {
         }
     }
     let lora = golden_dir().join("03_lora_d4a2.network.safetensors");
-    let err = user_error(Keyed::open(&lora, "the VAE", vae_name));
+    let err = user_error(Keyed::open(&lora, Reading::Mapped, "the VAE", vae_name));
     assert!(err.contains("cannot be used as the VAE: it has none of its tensors"), "{err}");
 }
 
@@ -65,7 +65,7 @@ fn a_torch_file_gives_a_vae_its_tensors() {
             Stored::f32("conv2.bias", &[1], &[3.0]),
         ]),
     );
-    let keyed = Keyed::open(&path, "the VAE", vae_name).unwrap();
+    let keyed = Keyed::open(&path, Reading::Mapped, "the VAE", vae_name).unwrap();
     assert_eq!(keyed.get("conv2.bias", &CPU).unwrap().to_vec1::<f32>().unwrap(), [3.0]);
 }
 
@@ -90,7 +90,7 @@ fn scaled_text_encoders_give_their_numbers_and_tied_tables_count_once() {
     ]);
     let path = dir.path().join("umt5_xxl_fp8_e4m3fn_scaled.safetensors");
     write(&path, &tensors);
-    let keyed = Keyed::open(&path, "the text encoder", official_key).unwrap();
+    let keyed = Keyed::open(&path, Reading::Mapped, "the text encoder", official_key).unwrap();
     assert_eq!(keyed.keys().collect::<Vec<_>>(), ["blocks.0.attn.q.weight", "token_embedding.weight"]);
     let got = keyed.get("blocks.0.attn.q.weight", &CPU).unwrap();
     assert_eq!(got.to_vec2::<f32>().unwrap(), [[0.25, 0.5], [-0.25, 0.125]]);

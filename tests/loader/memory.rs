@@ -3,7 +3,7 @@
 use super::{hollow, published};
 use std::path::Path;
 use wan_models::arch::WanArch;
-use wan_train::loader::{load_dit_by_block, Fp8, LoadOptions, Source};
+use wan_train::loader::{load_dit_by_block, Fp8, LoadOptions, Reading, Source};
 
 /// Peak resident memory of this process in bytes.
 fn peak_rss() -> u64 {
@@ -19,7 +19,9 @@ fn loading_in_a_process_of_its_own() {
     let Some(path) = std::env::var_os("WAN_TEST_SPARSE") else { return };
     let arch = large_arch();
     let before = peak_rss();
-    let source = Source::open(Path::new(&path)).unwrap();
+    let way = if std::env::var_os("WAN_TEST_POSITIONAL").is_some() { Reading::Positional } else { Reading::Mapped };
+    let source = Source::open_by(Path::new(&path), way).unwrap();
+    assert_eq!(source.is_mapped(), way == Reading::Mapped);
     let options = LoadOptions { fp8: Fp8::Scaled, ..LoadOptions::new(&arch, "demo") };
     let mut result = 0;
     let mut blocks = Vec::new();
@@ -55,17 +57,20 @@ fn loading_holds_a_few_tensors_beside_the_result() {
     hollow(&path, &large_arch(), "F32", 4);
     let size = path.metadata().unwrap().len();
     assert!(size > 2 << 30, "{size}");
-    let out = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "loader::memory::loading_in_a_process_of_its_own", "--ignored", "--nocapture"])
-        .env("WAN_TEST_SPARSE", &path)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&out.stdout);
-    let line = text.lines().find_map(|l| l.split_once("peak-over-result ")).unwrap_or_else(|| panic!("{out:?}")).1;
-    let n: Vec<u64> = line.split_whitespace().map(|w| w.parse().unwrap()).collect();
-    let (peak, result) = (n[0], n[1]);
-    assert!(result > 1 << 29, "{line}");
-    // The largest matrix of the blocks has 67 MB in fp32; the embeddings are read whole.
-    let largest = 2048 * 8192 * 4;
-    assert!(peak < result + 2 * largest, "peak {} MB over a result of {} MB", peak >> 20, result >> 20);
+    for way in ["WAN_TEST_MAPPED", "WAN_TEST_POSITIONAL"] {
+        let out = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "loader::memory::loading_in_a_process_of_its_own", "--ignored", "--nocapture"])
+            .env("WAN_TEST_SPARSE", &path)
+            .env(way, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stdout);
+        let line = text.lines().find_map(|l| l.split_once("peak-over-result ")).unwrap_or_else(|| panic!("{out:?}")).1;
+        let n: Vec<u64> = line.split_whitespace().map(|w| w.parse().unwrap()).collect();
+        let (peak, result) = (n[0], n[1]);
+        assert!(result > 1 << 29, "{line}");
+        // The largest matrix of the blocks has 67 MB in fp32; the embeddings are read whole.
+        let largest = 2048 * 8192 * 4;
+        assert!(peak < result + 2 * largest, "{way}: peak {} MB over a result of {} MB", peak >> 20, result >> 20);
+    }
 }

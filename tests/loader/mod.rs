@@ -4,6 +4,7 @@ mod dit;
 mod hostile;
 mod kept;
 mod keyed;
+mod mapped;
 #[cfg(target_os = "linux")]
 mod memory;
 mod merge;

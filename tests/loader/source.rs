@@ -4,9 +4,14 @@ use crate::golden_support::golden_dir;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use wan_train::fsio::{write_safetensors, TensorOut};
-use wan_train::loader::Source;
+use wan_train::loader::{Reading, Source};
 
 const CPU: Device = Device::Cpu;
+
+/// The file through a mapping, and by position.
+fn both_ways(path: &std::path::Path) -> [Source; 2] {
+    [Reading::Mapped, Reading::Positional].map(|reading| Source::open_by(path, reading).unwrap())
+}
 
 fn write(path: &std::path::Path, tensors: &[(&str, Tensor)]) {
     let outs = tensors.iter().map(|(n, t)| TensorOut::of(*n, t).unwrap()).collect();
@@ -17,15 +22,17 @@ fn write(path: &std::path::Path, tensors: &[(&str, Tensor)]) {
 fn every_tensor_reads_as_candle_reads_it() {
     for name in ["01_dit_t2v_b.weights", "10_resize_pixels", "06_umt5.io", "04_fp8_matrices"] {
         let path = golden_dir().join(format!("{name}.safetensors"));
-        let source = Source::open(&path).unwrap();
+        let sources = both_ways(&path);
         let want = candle_core::safetensors::load(&path, &CPU).unwrap();
-        assert_eq!(source.keys().count(), want.len());
+        assert!(sources.iter().all(|source| source.keys().count() == want.len()));
         for (key, want) in want {
-            let got = source.read(&key, &CPU).unwrap();
-            assert_eq!((got.dtype(), got.dims()), (want.dtype(), want.dims()), "{key}");
-            let (a, b) = (TensorOut::of("", &got).unwrap(), TensorOut::of("", &want).unwrap());
-            assert!(a.data == b.data, "{name} {key}");
-            assert_eq!(source.bytes(&key).unwrap(), b.data.as_ref(), "{key}");
+            for source in &sources {
+                let got = source.read(&key, &CPU).unwrap();
+                assert_eq!((got.dtype(), got.dims()), (want.dtype(), want.dims()), "{key}");
+                let (a, b) = (TensorOut::of("", &got).unwrap(), TensorOut::of("", &want).unwrap());
+                assert!(a.data == b.data, "{name} {key}");
+                assert_eq!(source.bytes(&key).unwrap(), b.data.as_ref(), "{key}");
+            }
         }
     }
 }
@@ -37,9 +44,10 @@ fn eight_bit_floats_keep_every_code() {
     let floats: Vec<float8::F8E4M3> = codes.iter().map(|c| float8::F8E4M3::from_bits(*c)).collect();
     let path = dir.path().join("fp8.safetensors");
     write(&path, &[("w", Tensor::from_vec(floats, (16, 16), &CPU).unwrap())]);
-    let source = Source::open(&path).unwrap();
-    assert_eq!(source.read("w", &CPU).unwrap().dtype(), DType::F8E4M3);
-    assert_eq!(source.bytes("w").unwrap(), codes);
+    for source in both_ways(&path) {
+        assert_eq!(source.read("w", &CPU).unwrap().dtype(), DType::F8E4M3);
+        assert_eq!(source.bytes("w").unwrap(), codes);
+    }
 }
 
 #[test]
@@ -111,17 +119,21 @@ fn torch_tensors_of_all_kinds() {
         Stored::f32("empty", &[0, 5], &[]),
     ];
     let path = put(dir.path(), "m.pth", &torch_file(&tensors));
-    let source = Source::open(&path).unwrap();
-    assert!(source.notes().is_empty());
-    let dense = source.read("dense", &CPU).unwrap();
-    assert_eq!(dense.dims(), [2, 3, 4]);
-    assert_eq!(dense.flatten_all().unwrap().to_vec1::<f32>().unwrap(), values);
-    assert_eq!(source.read("transposed", &CPU).unwrap().to_vec2::<f32>().unwrap(), [[4.0, 6.0, 8.0], [5.0, 7.0, 9.0]]);
-    let half = source.read("half", &CPU).unwrap();
-    assert_eq!(half.dtype(), DType::BF16);
-    assert_eq!(half.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [1.5, -2.0]);
-    assert_eq!(source.scalar("scalar").unwrap(), Some(7.0));
-    assert_eq!(source.read("empty", &CPU).unwrap().dims(), [0, 5]);
+    for source in both_ways(&path) {
+        assert!(source.notes().is_empty());
+        let dense = source.read("dense", &CPU).unwrap();
+        assert_eq!(dense.dims(), [2, 3, 4]);
+        assert_eq!(dense.flatten_all().unwrap().to_vec1::<f32>().unwrap(), values);
+        assert_eq!(
+            source.read("transposed", &CPU).unwrap().to_vec2::<f32>().unwrap(),
+            [[4.0, 6.0, 8.0], [5.0, 7.0, 9.0]]
+        );
+        let half = source.read("half", &CPU).unwrap();
+        assert_eq!(half.dtype(), DType::BF16);
+        assert_eq!(half.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), [1.5, -2.0]);
+        assert_eq!(source.scalar("scalar").unwrap(), Some(7.0));
+        assert_eq!(source.read("empty", &CPU).unwrap().dims(), [0, 5]);
+    }
     // candle's own reader agrees on the dense one.
     let all = candle_core::pickle::read_all(&path).unwrap();
     let theirs = &all.iter().find(|(n, _)| n == "dense").unwrap().1;
@@ -190,21 +202,22 @@ fn rows_and_pieces_equal_the_whole() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let path = dir.path().join("t.safetensors");
         write(&path, &[("t", table.to_dtype(dtype).unwrap())]);
-        let source = Source::open(&path).unwrap();
-        let rows = source.read_rows("t", &[6, 0, 6], &CPU).unwrap();
-        assert_eq!(rows.dtype(), dtype);
-        let rows = rows.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(rows, [&values[30..35], &values[0..5], &values[30..35]]);
-        assert_eq!(source.read_rows("t", &[], &CPU).unwrap().dims(), [0, 5]);
-        assert!(user_error(source.read_rows("t", &[7], &CPU)).contains("7 rows; row 7"));
-        let mut seen = Vec::new();
-        let done = source.for_each_piece("t", 8, &mut |first, part| {
-            assert_eq!(first, seen.len());
-            seen.extend_from_slice(part);
-            Ok(())
-        });
-        assert!(done.unwrap());
-        assert_eq!(seen, values);
+        for source in both_ways(&path) {
+            let rows = source.read_rows("t", &[6, 0, 6], &CPU).unwrap();
+            assert_eq!(rows.dtype(), dtype);
+            let rows = rows.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(rows, [&values[30..35], &values[0..5], &values[30..35]]);
+            assert_eq!(source.read_rows("t", &[], &CPU).unwrap().dims(), [0, 5]);
+            assert!(user_error(source.read_rows("t", &[7], &CPU)).contains("7 rows; row 7"));
+            let mut seen = Vec::new();
+            let done = source.for_each_piece("t", 8, &mut |first, part| {
+                assert_eq!(first, seen.len());
+                seen.extend_from_slice(part);
+                Ok(())
+            });
+            assert!(done.unwrap());
+            assert_eq!(seen, values);
+        }
     }
     let path = dir.path().join("ids.safetensors");
     write(&path, &[("t", Tensor::new(&[1i64], &CPU).unwrap())]);
@@ -218,8 +231,10 @@ fn e5m2_widens_to_fp16_exactly() {
     let codes = [0x3c, 0xc1, 0x01, 0x7c];
     let header = r#"{"w":{"dtype":"F8_E5M2","shape":[4],"data_offsets":[0,4]}}"#;
     let path = put(dir.path(), "w.safetensors", &super::raw_safetensors(header, &codes));
-    let w = Source::open(&path).unwrap().read("w", &CPU).unwrap();
-    assert_eq!(w.dtype(), DType::F16);
-    let got = w.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
-    assert_eq!(got, [1.0, -2.5, 2f32.powi(-16), f32::INFINITY]);
+    for source in both_ways(&path) {
+        let w = source.read("w", &CPU).unwrap();
+        assert_eq!(w.dtype(), DType::F16);
+        let got = w.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(got, [1.0, -2.5, 2f32.powi(-16), f32::INFINITY]);
+    }
 }

@@ -1,6 +1,7 @@
 //! From pictures and a clip to a LoRA, a log and a curve.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -94,19 +95,19 @@ fn reports_go_with_their_checkpoints() {
     assert_eq!(stems(".html").len(), 2, "the last epoch's and the final one");
 }
 
+fn tensors(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let bytes = std::fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    tensors.into_iter().map(|(name, t)| (name, t.data().to_vec())).collect()
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bytes() {
     let run = || {
         let bench = Bench::new();
         let out = bench.run("", &["--epochs", "1", "--no_metadata", "--logging_dir", "log"]);
         assert!(out.status.success(), "{}", text(&out));
-        let bytes = std::fs::read(&bench.outputs(".safetensors")[0]).unwrap();
-        SafeTensors::deserialize(&bytes)
-            .unwrap()
-            .tensors()
-            .into_iter()
-            .map(|(name, t)| (name, t.data().to_vec()))
-            .collect::<BTreeMap<_, _>>()
+        tensors(&bench.outputs(".safetensors")[0])
     };
     assert_eq!(run(), run());
 }
@@ -150,4 +151,33 @@ fn plan_prints_a_table_and_train_does_not_need_the_encoders() {
     let out = bench
         .run("train", &["--epochs", "1", "--dit", "base/models/demo_dit.safetensors", "--t5", "none", "--vae", "none"]);
     assert!(out.status.success(), "{}", text(&out));
+}
+
+/// `--disable_numpy_memmap`: every model file of a run is read by position, and the numbers are the same.
+#[test]
+fn model_files_are_read_through_a_mapping_or_by_position() {
+    let run = |more: &[&str]| {
+        let bench = Bench::new();
+        let mut args = vec!["--epochs", "1", "--no_metadata", "--recache", "--fp8_base", "--fp8_cache", "kept"];
+        args.extend(more);
+        let said = [(); 2].map(|()| {
+            let out = bench.command("", &args).env("RUST_LOG", "wan_train=debug").output().unwrap();
+            assert!(out.status.success(), "{}", text(&out));
+            text(&out)
+        });
+        let by_position = |name: &str| {
+            said[1].lines().any(|line| line.contains(name) && line.ends_with("is read by position: as asked"))
+        };
+        let files = ["demo_dit.safetensors", "demo_vae.safetensors", "demo_umt5.safetensors", ".fp8.safetensors"];
+        let files = files.map(by_position);
+        assert!(said[1].contains("kept by an earlier start"), "{}", said[1]);
+        (files, tensors(&bench.outputs(".safetensors")[0]))
+    };
+    let (mapped, lora) = run(&[]);
+    assert_eq!(mapped, [false; 4]);
+    for name in ["--disable_numpy_memmap", "--disable_mmap"] {
+        let (files, same) = run(&[name]);
+        assert_eq!(files, [true; 4], "{name}");
+        assert!(same == lora, "{name}");
+    }
 }

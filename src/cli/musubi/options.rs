@@ -53,7 +53,6 @@ pub const TRAIN: &[Row] = &[
     ("cuda_allow_tf32", Words::None, Fate::Idle("precision is set by --mixed_precision")),
     ("cuda_cudnn_benchmark", Words::None, Fate::Idle("no cuDNN")),
     ("offload_inactive_dit", Words::None, Fate::Idle("both experts stay at hand; blocks that do not fit are streamed")),
-    ("disable_numpy_memmap", Words::None, Fate::Idle("files are read piece by piece")),
     ("use_pinned_memory_for_block_swap", Words::None, Fate::Idle("always so")),
     ("block_swap_h2d_only", Words::None, Fate::Idle("always so")),
     ("img_in_txt_in_offloading", Words::None, Fate::Idle("not for Wan")),

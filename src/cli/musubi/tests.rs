@@ -1,4 +1,5 @@
 use super::*;
+use crate::loader::Reading;
 
 fn words(line: &str) -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
@@ -28,7 +29,8 @@ const RECIPE: &str = "python -m accelerate.commands.accelerate_cli launch --num_
     --persistent_data_loader_workers --network_module networks.lora_wan --network_dim 42 --network_alpha 42 \
     --timestep_sampling shift --discrete_flow_shift 5.0 --max_train_epochs 50 --save_every_n_epochs 5 --seed 42 \
     --lr_scheduler polynomial --lr_scheduler_power 2 --lr_scheduler_min_lr_ratio 0.01 --output_dir out --output_name n \
-    --log_with tensorboard --logging_dir logs --blocks_to_swap 10 --network_args loraplus_lr_ratio=4 rank_dropout=0.1";
+    --log_with tensorboard --logging_dir logs --blocks_to_swap 10 --disable_numpy_memmap \
+    --network_args loraplus_lr_ratio=4 rank_dropout=0.1";
 
 #[test]
 fn a_recipe_arrives_whole() {
@@ -41,10 +43,12 @@ fn a_recipe_arrives_whole() {
     let idle = t.notes.iter().find(|n| n.starts_with("not used here")).unwrap();
     assert!(idle.contains("--sdpa (attention has its own kernels)") && idle.contains("num_cpu_threads"), "{idle}");
     assert_eq!(t.notes.iter().filter(|n| n.starts_with("not used here")).count(), 1, "one line");
+    assert!(!idle.contains("memmap"), "{idle}");
     // And every value is one that the configuration takes.
     let Invocation::Train(typed) = t.invocation else { panic!() };
     let config = crate::config::resolve(&typed, "20260101_0000").unwrap().config;
     assert_eq!((config.network_dim, config.max_timestep, config.blocks_to_swap), (42, Some(900), 10));
+    assert_eq!(config.reading(), Reading::Positional);
 }
 
 #[test]
