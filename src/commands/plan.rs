@@ -8,7 +8,7 @@ use wan_models::wan::SavePlan;
 
 use super::cache::Prepared;
 use super::job::Job;
-use super::weights;
+use super::{preview, weights};
 use crate::adapter::select;
 use crate::cache::{BucketKey, CacheIndex, LatentGeometry};
 use crate::config::{Layer, RunConfig};
@@ -33,7 +33,7 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
     };
     // Without the file the published 16-bit checkpoints are assumed.
     let sources: Vec<Source> = job.dits().iter().filter_map(|dit| weights::open_dit(job, dit).ok()).collect();
-    let plan = planned(
+    let mut plan = planned(
         job,
         &job.config,
         &settings,
@@ -41,7 +41,9 @@ pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
         (bucket, batch),
         &sources,
     )?;
+    let notes = preview::count(job, &settings, &mut plan, &preview::prompts(job)?)?;
     println!("{}", plan.table());
+    notes.iter().for_each(|note| println!("note: {note}"));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -63,6 +65,8 @@ pub fn for_training(
 pub struct Planned {
     plan: Plan,
     target: Target,
+    /// Bytes of the largest preview.
+    previews: u64,
     bucket: BucketKey,
     batch: usize,
     /// What 8-bit products would gain, a line each.
@@ -76,10 +80,23 @@ impl Planned {
             "memory plan for the largest batch: {} of {width} x {height} pixels, {frames} frames\n{}",
             self.batch, self.plan
         );
+        if self.previews > 0 {
+            let [previews, stays] = [self.previews, self.stays()].map(plan::gib);
+            table += &format!("previews: up to {previews} GiB beside the {stays} GiB that stay between steps\n");
+        }
         for offer in &self.offers {
             table += &format!("predicted with {offer}\n");
         }
         table
+    }
+
+    /// So many bytes for previews belong to the plan.
+    pub fn count_previews(&mut self, bytes: u64) {
+        self.previews = bytes;
+    }
+
+    pub fn on_card(&self) -> bool {
+        self.target == Target::Cuda
     }
 
     /// Lines that hold the measured peak against the plan; none on the CPU.
@@ -89,7 +106,12 @@ impl Planned {
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, .. } = exec {
             let (planned, peak) = (self.plan.memory.device(), gpu.memory().map_or(0, |m| m.peak));
-            lines.push(format!("peak device memory: {} GiB, planned {} GiB", plan::gib(peak), plan::gib(planned)));
+            let with_previews = match self.stays() + self.previews {
+                _ if self.previews == 0 => String::new(),
+                sum => format!(", {} GiB in previews (decoding not counted)", plan::gib(sum)),
+            };
+            let (peak, planned) = (plan::gib(peak), plan::gib(planned));
+            lines.push(format!("peak device memory: {peak} GiB, planned {planned} GiB{with_previews}"));
             lines.extend(gpu.stash_unpinned().map(|why| {
                 format!("note: host memory for saved activations could not be pinned ({why}): copies are slower")
             }));
@@ -113,9 +135,13 @@ impl Planned {
     ) -> anyhow::Result<(u64, u64)> {
         let room = Room { target: self.target, budget: self.plan.budget, rates: Rates::default() };
         let work = work(job, &job.config, settings, &room, BucketKey { width, height, frames }, 1, &[])?;
+        Ok((work.preview_bytes(), self.plan.budget.device.saturating_sub(self.stays())))
+    }
+
+    /// Bytes on the device between two steps.
+    fn stays(&self) -> u64 {
         let of_step: u64 = plan::OF_A_STEP.iter().filter_map(|what| Some(self.plan.memory.row(what)?.device)).sum();
-        let stays = self.plan.memory.device() - of_step;
-        Ok((work.preview_bytes(), self.plan.budget.device.saturating_sub(stays)))
+        self.plan.memory.device() - of_step
     }
 
     /// How the blocks' weights are held.
@@ -303,7 +329,7 @@ fn planned(
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => {
             let offers = plan::offers(&work, &plan, wishes(job, config), &room.rates);
-            Ok(Planned { plan, target: room.target, bucket, batch, offers })
+            Ok(Planned { plan, target: room.target, previews: 0, bucket, batch, offers })
         }
         Err(shortfall) => {
             let more = match shortfall.memory.device() > shortfall.budget.device {

@@ -10,9 +10,9 @@ use image::RgbImage;
 use wan_kernels::Exec;
 use wan_models::arch::{Conditioning, Role};
 use wan_models::clip::ClipVision;
-use wan_models::vae::{Vae, VaeOptions};
+use wan_models::vae::{Vae, VaeArch, VaeOptions};
 
-use super::cache::{load_clip, load_vae, vae_numbers};
+use super::cache::{load_clip, load_vae, published_vae, vae_numbers};
 use super::job::Job;
 use super::plan::Planned;
 use super::text;
@@ -78,11 +78,37 @@ fn sees(job: &Job) -> bool {
     job.conditions().1
 }
 
-/// Refuses before the hours what cannot be made on this device.
-pub fn check_room(job: &Job, settings: &TrainSettings, plan: &Planned, prompts: &[Prompt]) -> anyhow::Result<()> {
-    let mut faults = Vec::new();
+/// What decoding takes on a card, in bytes. An estimate, not measured: weights and workspace, the frames that the layers of
+/// the four levels remember (27 and a half frames of the last level), and those that are computed.
+fn decoding(vae: &VaeArch, width: usize, height: usize) -> u64 {
+    let frame = (width * height / vae.patch().pow(2) * vae.dec_dim * 2) as u64;
+    (1 << 30) + 33 * frame
+}
+
+/// Counts previews into the plan, and refuses before the hours what cannot be made on this device. Returns notes.
+pub fn count(
+    job: &Job,
+    settings: &TrainSettings,
+    plan: &mut Planned,
+    prompts: &[Prompt],
+) -> anyhow::Result<Vec<String>> {
+    let (mut faults, mut notes, mut most) = (Vec::new(), Vec::new(), 0);
+    let vae = published_vae(job);
     for prompt in prompts {
         let (needs, room) = plan.preview(job, settings, (prompt.width, prompt.height, prompt.frames))?;
+        most = most.max(needs);
+        let decoding = decoding(&vae, prompt.width, prompt.height);
+        if plan.on_card() && decoding > room {
+            notes.push(format!(
+                "{}: decoding {}x{} is estimated at {}, and {} are left: if that is not enough, this preview is left out with a \
+                 warning",
+                prompt.place,
+                prompt.width,
+                prompt.height,
+                human(decoding),
+                human(room)
+            ));
+        }
         if needs > room {
             let Prompt { place, width, height, frames, .. } = prompt;
             faults.push(format!(
@@ -93,7 +119,10 @@ pub fn check_room(job: &Job, settings: &TrainSettings, plan: &Planned, prompts: 
         }
     }
     match faults.is_empty() {
-        true => Ok(()),
+        true => {
+            plan.count_previews(most);
+            Ok(notes)
+        }
         false => Err(UserError::new(format!("previews do not fit:\n  {}", faults.join("\n  ")))
             .hint("ask for less in the prompt file (--w, --h, --f), or stream more of the model with --blocks_to_swap")
             .into()),
@@ -142,6 +171,11 @@ pub fn prepare<'a>(
         };
         let negative_md = if guided(&how) { context(&negatives[i]) } else { None };
         scenes.push((Given { context_md, negative_md, ..given }, how));
+    }
+    // The peak is the training's, and that of the previews.
+    #[cfg(feature = "cuda")]
+    if let Exec::Cuda { gpu, .. } = exec {
+        gpu.reset_peak()?;
     }
     let scenes = prompts.into_iter().zip(scenes).map(|(prompt, (given, how))| Scene { prompt, given, how }).collect();
     let fps = if config.musubi_compat { MUSUBI_FPS } else { model.inference.fps as u32 };

@@ -88,10 +88,11 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let (dits, sources): (Vec<_>, Vec<_>) = weights::open_dits(job)?.into_iter().unzip();
     let exec = job.exec()?;
     weights::check_fast(&config, &exec)?;
-    let plan = plan::for_training(job, &config, &settings, &exec, &index, &sources)?;
-    say(&plan.table());
+    let mut plan = plan::for_training(job, &config, &settings, &exec, &index, &sources)?;
     let prompts = preview::prompts(job)?;
-    preview::check_room(job, &settings, &plan, &prompts)?;
+    let notes = preview::count(job, &settings, &mut plan, &prompts)?;
+    say(&plan.table());
+    notes.iter().for_each(|note| say(&format!("note: {note}")));
     let explain = |e| plan.explain(&exec, e);
     let previews = preview::prepare(job, &config, &settings, &exec, prompts).map_err(explain)?;
     let streamed = plan.residency().streamed(job.model.arch.num_layers);

@@ -155,6 +155,10 @@ fn mistakes_are_found_before_anything_is_loaded() {
     // More than any machine has.
     std::fs::write(bench.path("p.txt"), "A cat --w 8192 --h 8192 --f 4097\n").unwrap();
     refused(&run(&["--sample_prompts", "p.txt"]), 1, &["previews do not fit", "p.txt, line 1", "--w, --h, --f"]);
+    refused(&bench.run("plan", &["--sample_prompts", "p.txt", "--sample_at_first"]), 1, &["previews do not fit"]);
+    std::fs::write(bench.path("p.txt"), "A cat --w 64 --h 48\n").unwrap();
+    let plan = text(&bench.run("plan", &["--sample_prompts", "p.txt", "--sample_at_first"]));
+    assert!(plan.contains("previews: up to"), "{plan}");
     assert!(bench.outputs(".safetensors").is_empty());
     // Prompts without an occasion are no mistake, and nothing is loaded for them.
     let out = bench.run("train", &["--epochs", "1", "--sample_prompts", "p.txt", "--vae", "none", "--t5", "none"]);

@@ -18,7 +18,7 @@ use image::RgbImage;
 use wan_models::vae::Vae;
 
 use super::trainer::Trainer;
-use crate::report::{Progress, Work};
+use crate::report::{Progress, Task, Work};
 use prompts::Prompt;
 use sample::{sample, Given, How};
 
@@ -122,44 +122,21 @@ impl Previews<'_> {
     /// Samples every prompt, decodes, writes. What fails is said and left out.
     pub fn make(&self, at: At, trainer: &Trainer, progress: &dyn Progress) -> Vec<Made> {
         let latents = self.sample_all(at, trainer, progress);
-        if self.stopped() {
-            progress.say(&format!("stopped in the previews {}: they are left out", at.words()));
-            return Vec::new();
+        let made = if self.stopped() { Vec::new() } else { self.write_all(at, latents, progress) };
+        if self.stopped() && made.len() < self.scenes.len() {
+            progress.say(&format!("stopped in the previews {}: the rest of them are left out", at.words()));
         }
-        let stamp = chrono::Local::now().format("%Y%m%d%H%M%S").to_string();
-        let mut vae = Decoding { load: &*self.vae, loaded: None, wide: false };
-        let mut all = Vec::new();
-        for (number, latent) in latents {
-            let scene = &self.scenes[number];
-            let seed = scene.prompt.seed.map_or(String::new(), |seed| format!("_{seed}"));
-            let stem = format!("{}_{}_{number:02}_{stamp}{seed}", self.name, at.tag());
-            let made = vae.decode(&latent).and_then(|frames| {
-                let path = write::write(&self.dir, &stem, &frames, self.fps)?;
-                Ok((path, frames))
-            });
-            match made {
-                Ok((path, frames)) => {
-                    progress.say(&format!("preview {}: {}", at.words(), path.display()));
-                    all.extend(frames.into_iter().next().map(|first_frame| Made { number, path, first_frame }));
-                }
-                Err(e) => self.complain(at, number, &e, progress),
-            }
-        }
-        all
+        made
     }
 
-    /// The latents of the prompts that could be sampled.
+    /// The latents of the prompts that could be sampled, by their numbers.
     fn sample_all(&self, at: At, trainer: &Trainer, progress: &dyn Progress) -> Vec<(usize, Tensor)> {
-        let total = self.scenes.iter().map(|s| s.how.steps as u64).sum();
-        let mut task = progress.begin(Work { what: "previews", unit: "step", start: 0, total });
+        let total = self.scenes.iter().map(|s| s.how.steps).sum();
+        let mut count = Count::begin(progress, "previews", "step", total);
         let mut latents = Vec::new();
         for (number, scene) in self.scenes.iter().enumerate() {
-            let mut done = 0;
             let mut go_on = |step: usize| {
-                if step > 0 {
-                    task.advance(1, &scene.prompt.text);
-                    done = step;
-                }
+                count.at(step, &scene.prompt.text);
                 !self.stopped()
             };
             match sample(trainer, &scene.given, &scene.how, &mut go_on) {
@@ -167,9 +144,44 @@ impl Previews<'_> {
                 Ok(None) => break,
                 Err(e) => self.complain(at, number, &e, progress),
             }
-            task.advance((scene.how.steps - done) as u64, &scene.prompt.text);
+            count.end(scene.how.steps, &scene.prompt.text);
         }
         latents
+    }
+
+    /// Latents to files, with the VAE loaded for as long as it takes.
+    fn write_all(&self, at: At, latents: Vec<(usize, Tensor)>, progress: &dyn Progress) -> Vec<Made> {
+        let stamp = chrono::Local::now().format("%Y%m%d%H%M%S").to_string();
+        let frames = |number: &usize| self.scenes[*number].how.fhw[0];
+        let total = latents.iter().map(|(number, _)| frames(number)).sum();
+        let mut count = Count::begin(progress, "decoding previews", "latent frame", total);
+        let mut vae = Decoding { load: &*self.vae, loaded: None, wide: false };
+        let mut all = Vec::new();
+        for (number, latent) in latents {
+            let scene = &self.scenes[number];
+            let seed = scene.prompt.seed.map_or(String::new(), |seed| format!("_{seed}"));
+            let stem = format!("{}_{}_{number:02}_{stamp}{seed}", self.name, at.tag());
+            let mut go_on = |frame: usize| {
+                count.at(frame, &scene.prompt.text);
+                !self.stopped()
+            };
+            let made = vae.decode(&latent, &mut go_on).and_then(|frames| {
+                let Some(frames) = frames else { return Ok(None) };
+                let path = write::write(&self.dir, &stem, &frames, self.fps)?;
+                let first_frame = frames.into_iter().next();
+                Ok(first_frame.map(|first_frame| Made { number, path, first_frame }))
+            });
+            match made {
+                Ok(Some(made)) => {
+                    progress.say(&format!("preview {}: {}", at.words(), made.path.display()));
+                    all.push(made);
+                }
+                Ok(None) => break,
+                Err(e) => self.complain(at, number, &e, progress),
+            }
+            count.end(frames(&number), &scene.prompt.text);
+        }
+        all
     }
 
     fn stopped(&self) -> bool {
@@ -185,6 +197,34 @@ impl Previews<'_> {
     }
 }
 
+/// Counts what is done of one thing after another.
+struct Count {
+    task: Box<dyn Task>,
+    /// Of the present thing.
+    done: usize,
+}
+
+impl Count {
+    fn begin(progress: &dyn Progress, what: &str, unit: &str, total: usize) -> Self {
+        Self { task: progress.begin(Work { what, unit, start: 0, total: total as u64 }), done: 0 }
+    }
+
+    /// So much of the present thing is done.
+    fn at(&mut self, done: usize, text: &str) {
+        if done > self.done {
+            let start: String = text.chars().take(40).collect();
+            self.task.advance((done - self.done) as u64, &start);
+            self.done = done;
+        }
+    }
+
+    /// All of it is, or what was left will not be.
+    fn end(&mut self, whole: usize, text: &str) {
+        self.at(whole, text);
+        self.done = 0;
+    }
+}
+
 /// The VAE for the moment of decoding.
 struct Decoding<'a> {
     load: &'a LoadVae<'a>,
@@ -193,21 +233,23 @@ struct Decoding<'a> {
 }
 
 impl Decoding<'_> {
-    fn decode(&mut self, latent: &Tensor) -> Result<Vec<RgbImage>> {
+    fn decode(&mut self, latent: &Tensor, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Option<Vec<RgbImage>>> {
         if self.loaded.is_none() {
             self.loaded = (self.load)(self.wide)?;
         }
         let Some(vae) = &self.loaded else { anyhow::bail!("there is no VAE") };
-        let frames = write::decode(vae, latent);
-        match frames {
-            Err(_) if !self.wide => match (self.load)(true)? {
-                Some(wide) => {
-                    self.wide = true;
-                    write::decode(self.loaded.insert(wide), latent)
-                }
-                None => frames,
-            },
-            frames => frames,
+        let frames = write::decode(vae, latent, go_on);
+        if frames.is_ok() || self.wide {
+            return frames;
+        }
+        // It goes first: both may not fit.
+        self.loaded = None;
+        match (self.load)(true)? {
+            Some(wide) => {
+                self.wide = true;
+                write::decode(self.loaded.insert(wide), latent, go_on)
+            }
+            None => frames,
         }
     }
 }

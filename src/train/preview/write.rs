@@ -9,13 +9,16 @@ use wan_models::vae::{Decoder, Vae};
 
 use crate::fsio;
 
-/// Latents `[1, c, f, h, w]` to pictures, a latent frame at a time.
+/// Latents `[1, c, f, h, w]` to pictures, a latent frame at a time; `None` where `go_on`, asked before each, said no.
 ///
 /// Errors: whatever the decoder says; numbers that are not finite.
-pub fn decode(vae: &Vae, latents: &Tensor) -> Result<Vec<RgbImage>> {
+pub fn decode(vae: &Vae, latents: &Tensor, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Option<Vec<RgbImage>>> {
     let mut decoder = Decoder::new(vae)?;
     let mut frames = Vec::new();
     for f in 0..latents.dim(2)? {
+        if !go_on(f) {
+            return Ok(None);
+        }
         for piece in decoder.push(&latents.narrow(2, f, 1)?)? {
             let piece = piece.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
             let thwc = piece.squeeze(0)?.permute((1, 2, 3, 0))?.contiguous()?;
@@ -30,7 +33,7 @@ pub fn decode(vae: &Vae, latents: &Tensor) -> Result<Vec<RgbImage>> {
         }
     }
     ensure!(!frames.is_empty(), "a latent without frames");
-    Ok(frames)
+    Ok(Some(frames))
 }
 
 /// A picture as the bytes of a PNG file.
