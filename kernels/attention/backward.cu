@@ -3,134 +3,213 @@
 //   p = exp(scale * q k^T - lse)      dp = do v^T            ds = p * (dp - delta),  delta = rowsum(do * o)
 //   dv = p^T do                       dk = scale * ds^T q    dq = scale * ds k
 //
-// Three launches:
-//   attention_delta   delta [b,n,l] from o and do; clears the turn counters
-//   attention_bwd     one block owns KEYS = 16 * WARPS key rows of one head, keeps dK and dV in registers and walks over
-//                     the queries in tiles of ROWS. It works on transposed scores (keys x queries), so that P^T and dS^T
-//                     leave one tensor-core product in the very layout that the next one wants; only dQ needs dS in
-//                     shared memory. dQ is summed over key blocks in global fp32.
+// Three launches, four with few keys:
+//   attention_rows    log-sum-exp (base 2) and delta of every query, tile by tile; clears the turn counters
+//   attention_bwd     one block owns 128 keys of one head, keeps dK and dV in registers and walks over the queries in
+//                     tiles of ROWS. dQ is summed over key blocks in global fp32.
 //   attention_dq      scales dQ and rounds it to 16 bits
+//   attention_keys    where few keys leave processors without work, a key block's queries are shared out over `splits`
+//                     blocks; this sums their parts of dK and dV, always in the same order
 //
-// Determinism: the blocks of one head add their part of a query tile strictly in the order of their key block. A turn
-// counter per (head, query tile) says whose turn it is. A block only ever waits for the block before it in launch
-// order, which is resident already, so waiting cannot deadlock; and since every block starts a little after its
-// predecessor, after the first wave nobody waits.
+// The eight warps are four duos, each with 32 keys. For scores (transposed: keys x queries) a warp of a duo takes half the
+// tile's queries, for dK and dV half the columns. So P^T and dS^T leave one product in the very layout that the next one
+// wants for its own half, and the other half comes from the partner through shared memory. Against warps of 16 keys and all
+// queries and columns, where nothing is exchanged, a fifth less is read from shared memory, which is what these products
+// wait for (H200, T = 21600: the products alone 342 TFLOP/s instead of 324).
 //
-// With two dS buffers (cards with the shared memory for it) dQ of a tile is computed one tile late, which leaves a
-// single barrier per tile and lets the warps drift apart: products of one overlap exponentials and sums of another.
+// Determinism: the blocks of one head add their part of a query tile strictly in the order of their key block. Each block
+// publishes how many tiles it has added, and its successor waits for that. A block only ever waits for the block before it
+// in launch order, which is resident already, so waiting cannot deadlock.
+//
+// With two dS buffers (cards with the shared memory for it) dQ of a tile is computed one tile late, which leaves a single
+// barrier per tile, and by the two warps of each scheduler at different times: products of one overlap exponentials and
+// sums of the other.
 #include "../common/mma.cuh"
 
 namespace wan {
 
-template <typename T, int HEAD, int ROWS, int WARPS, int Q_STAGES, int DO_STAGES, int DS_STAGES>
-struct AttentionBackward {
-  static constexpr int kThreads = WARPS * 32;
-  static constexpr int KEYS = WARPS * 16;
-  static constexpr int kQueryTiles = ROWS / 8;
-  static constexpr int kHeadTiles = HEAD / 8;
+template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES> struct AttentionBackward {
+  static constexpr int kWarps = 8, kThreads = kWarps * 32;
+  static constexpr int kKeys = 128;
+  static constexpr int kQueryTiles = ROWS / 16; // of 8 queries, in half a tile
+  static constexpr int kSteps = ROWS / 32;      // of 16 queries, in half a tile
+  static constexpr int kColTiles = HEAD / 16;   // of 8 columns, in half a head
   // dQ [ROWS,HEAD] is shared out in warp tiles of 32 rows x kDqCols columns.
-  static constexpr int kDqCols = HEAD * (ROWS / 32) / WARPS;
+  static constexpr int kDqCols = HEAD * (ROWS / 32) / kWarps;
   static constexpr int kDqColTiles = kDqCols / 8;
-  static constexpr int kDqRegs = 2 * kDqColTiles * 4;
   static constexpr int kQBytes = ROWS * HEAD * 2;
-  static constexpr int kKBytes = KEYS * HEAD * 2;
-  static constexpr int kDsBytes = KEYS * ROWS * 2;
-  static constexpr int kStatBytes = 2 * 2 * ROWS * 4; // lse and delta, two stages
-  static constexpr int kSharedBytes = 2 * kKBytes + (Q_STAGES + DO_STAGES) * kQBytes + DS_STAGES * kDsBytes + kStatBytes;
+  static constexpr int kKBytes = kKeys * HEAD * 2;
+  static constexpr int kDsBytes = kKeys * ROWS * 2;
+  static constexpr int kStatBytes = 2 * ROWS * 4; // lse and delta of a tile
+  static constexpr bool kLate = DS_STAGES == 2;
   static_assert(ROWS % 32 == 0 && HEAD % 64 == 0 && kDqCols >= 16, "tile shape");
-  static_assert(DS_STAGES == 1 || (Q_STAGES == 2 && DO_STAGES == 2), "a late dQ needs the next tile's Q and dO apart");
+  static_assert(!kLate || (Q_STAGES == 2 && DO_STAGES == 2), "a late dQ needs the next tile's Q and dO apart");
 
-  // dS^T tile: KEYS rows of ROWS queries. Rows of 64 bytes (ROWS = 32) swizzle over four chunks and row pairs.
+  using H = Half16<T>;
+  using HeadTile = Tile<HEAD>;
+  using Scores = float[2][kQueryTiles][4];     // [32 keys x half the queries] of a warp
+  using Rounded = uint32_t[2][kQueryTiles][2]; // the same in 16 bits
+  using Sums = float[2][kColTiles][4];         // [32 keys x half the columns]
+  using Operand = uint32_t[kSteps][2][4];      // [32 keys x half the queries] as first operand
+
+  // dS^T tile: keys in rows of ROWS queries. Rows of 64 bytes (ROWS = 32) swizzle over four chunks and row pairs.
   static __device__ __forceinline__ uint32_t ds_offset(int key, int chunk) {
     if constexpr (ROWS >= 64) return Tile<ROWS>::offset(key, chunk);
     return static_cast<uint32_t>(key * 64 + ((chunk ^ ((key >> 1) & 3)) << 4));
   }
 
+  // 32 rows of keys, 16 columns.
+  static __device__ __forceinline__ void load_keys(uint32_t (&a)[2][4], uint32_t keys, int step) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) ldmatrix4(a[i], keys + HeadTile::offset(i * 16 + (lane & 15), step * 2 + (lane >> 4)));
+  }
+  // Half the queries, 16 columns.
+  static __device__ __forceinline__ void load_queries(uint32_t (&b)[kSteps][4], uint32_t queries, int step) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j)
+      ldmatrix4(b[j], queries + HeadTile::offset(j * 16 + (lane & 7) + ((lane >> 4) << 3), step * 2 + ((lane >> 3) & 1)));
+  }
+  static __device__ __forceinline__ void product(Scores &s, const uint32_t (&a)[2][4], const uint32_t (&b)[kSteps][4]) {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        H::mma(s[i][2 * j], a[i], b[j][0], b[j][1]);
+        H::mma(s[i][2 * j + 1], a[i], b[j][2], b[j][3]);
+      }
+  }
+  // sums += x^T [32 keys x half the queries] . (these queries) [x half the columns, from 16-byte chunk `chunk` on]
+  static __device__ __forceinline__ void add(Sums &sums, const Operand &x, uint32_t queries, int chunk) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int j = 0; j < kColTiles / 2; ++j) {
+        uint32_t b[4];
+        ldmatrix4_trans(b, queries + HeadTile::offset(step * 16 + (lane & 15), chunk + j * 2 + (lane >> 4)));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          H::mma(sums[i][2 * j], x[step][i], b[0], b[1]);
+          H::mma(sums[i][2 * j + 1], x[step][i], b[2], b[3]);
+        }
+      }
+  }
+  // What a warp computed itself is an operand as it stands.
+  static __device__ __forceinline__ void own_operand(Operand &a, const Rounded &x) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[step][i][r] = x[i][2 * step + r / 2][r % 2];
+  }
+  // `x` to rows `key` and on, chunks `chunk` and on, of a tile of dS's form; and what the partner wrote from there.
+  static __device__ __forceinline__ void write_half(unsigned char *tile, const Rounded &x, int key, int chunk) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < kQueryTiles; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          *reinterpret_cast<uint32_t *>(tile + ds_offset(key + i * 16 + r * 8 + (lane >> 2), chunk + j) + (lane & 3) * 4) =
+              x[i][j][r];
+  }
+  static __device__ __forceinline__ void read_half(Operand &a, uint32_t tile, int key, int chunk) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        ldmatrix4(a[step][i], tile + ds_offset(key + i * 16 + (lane & 15), chunk + step * 2 + (lane >> 4)));
+  }
+
   static __device__ void run(const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
-                             const T *__restrict__ dout, const float *__restrict__ lse,
-                             const float *__restrict__ delta, float *__restrict__ dq_sum, int *__restrict__ turns,
-                             T *__restrict__ dk, T *__restrict__ dv, int l, int m, int heads, float scale,
-                             int head_group) {
-    using H = Half16<T>;
-    using HeadTile = Tile<HEAD>;
+                             const T *__restrict__ dout, const float *__restrict__ rows, float *__restrict__ dq_sum,
+                             int *__restrict__ turns, T *__restrict__ dk, T *__restrict__ dv,
+                             float *__restrict__ parts, int l, int m, int heads, float scale, int head_group) {
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t k_s = smem_address(shared);
     const uint32_t v_s = k_s + kKBytes;
     const uint32_t q_s = v_s + kKBytes;
     const uint32_t do_s = q_s + Q_STAGES * kQBytes;
     const uint32_t ds_s = do_s + DO_STAGES * kQBytes;
-    unsigned char *ds_p = shared + (ds_s - k_s);
-    float *stats = reinterpret_cast<float *>(ds_p + DS_STAGES * kDsBytes); // [stage][lse, delta][ROWS]
+    const uint32_t stats_s = ds_s + DS_STAGES * kDsBytes; // [stage][lse, delta][ROWS]
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Blocks in launch order: head groups, then key blocks, then the heads of a group. The predecessor of a key block
     // is thus always launched before it, and a group's heads share the waiting of the first wave.
-    const int key_blocks = (m + KEYS - 1) / KEYS;
+    const int key_blocks = (m + kKeys - 1) / kKeys;
     const int per_group = key_blocks * head_group;
     const int group = blockIdx.x / per_group, in_group = blockIdx.x % per_group;
     const int head = group * head_group + in_group % head_group, key_block = in_group / head_group;
     const int batch = blockIdx.y;
     if (head >= heads) return; // the last group may be ragged
+    const int all_tiles = (l + ROWS - 1) / ROWS;
+    const int splits = gridDim.z, share = (all_tiles + splits - 1) / splits;
+    const int first = blockIdx.z * share, tiles = min(share, all_tiles - first); // this block's query tiles
+    const int left = l - first * ROWS;
     const long stride = static_cast<long>(heads) * HEAD;
-    const long q_at = static_cast<long>(batch) * l * stride + head * HEAD;
-    const long k_at = (static_cast<long>(batch) * m + static_cast<long>(key_block) * KEYS) * stride + head * HEAD;
-    const int tiles = (l + ROWS - 1) / ROWS;
     const long pair = static_cast<long>(batch) * heads + head;
-    const float *lse_row = lse + pair * l, *delta_row = delta + pair * l;
-    int *turn = turns + pair * tiles;
-    dq_sum += pair * tiles * (ROWS * HEAD);
+    const long q_at = (static_cast<long>(batch) * l + first * ROWS) * stride + head * HEAD;
+    const long k_at = (static_cast<long>(batch) * m + static_cast<long>(key_block) * kKeys) * stride + head * HEAD;
+    q += q_at;
+    dout += q_at;
+    rows += (pair * all_tiles + first) * (2 * ROWS);
+    dq_sum += (pair * all_tiles + first) * (ROWS * HEAD);
+    turns += (pair * splits + blockIdx.z) * key_blocks + key_block;
 
-    auto load_stats = [&](int tile, int stage) {
-      for (int at = threadIdx.x; at < 2 * ROWS; at += kThreads) {
-        const int row = at % ROWS, query = tile * ROWS + row;
-        const bool is_delta = at >= ROWS;
-        // A query past the end gets lse = inf, hence p = 0: it contributes nothing anywhere.
-        stats[stage * 2 * ROWS + at] = query < l ? (is_delta ? delta_row[query] : lse_row[query] * 1.44269504088896f)
-                                                 : (is_delta ? 0.f : INFINITY);
-      }
-    };
     auto load_q = [&](int tile) {
       HeadTile::template load<ROWS, kThreads>(q_s + (tile % Q_STAGES) * kQBytes,
-                                              q + q_at + static_cast<long>(tile) * ROWS * stride, stride,
-                                              l - tile * ROWS);
+                                              q + static_cast<long>(tile) * ROWS * stride, stride, left - tile * ROWS);
     };
     auto load_do = [&](int tile) {
       HeadTile::template load<ROWS, kThreads>(do_s + (tile % DO_STAGES) * kQBytes,
-                                              dout + q_at + static_cast<long>(tile) * ROWS * stride, stride,
-                                              l - tile * ROWS);
+                                              dout + static_cast<long>(tile) * ROWS * stride, stride,
+                                              left - tile * ROWS);
+    };
+    auto load_stats = [&](int tile) {
+      if (threadIdx.x < kStatBytes / 16)
+        cp_async16(stats_s + (tile & 1) * kStatBytes + threadIdx.x * 16,
+                   rows + static_cast<long>(tile) * (2 * ROWS) + threadIdx.x * 4, true);
     };
 
-    HeadTile::template load<KEYS, kThreads>(k_s, k + k_at, stride, m - key_block * KEYS);
-    HeadTile::template load<KEYS, kThreads>(v_s, v + k_at, stride, m - key_block * KEYS);
+    HeadTile::template load<kKeys, kThreads>(k_s, k + k_at, stride, m - key_block * kKeys);
+    HeadTile::template load<kKeys, kThreads>(v_s, v + k_at, stride, m - key_block * kKeys);
     load_q(0);
     load_do(0);
+    load_stats(0);
     cp_async_commit();
-    load_stats(0, 0);
 
-    float dk_acc[kHeadTiles][4] = {}, dv_acc[kHeadTiles][4] = {};
+    Sums dk_acc = {}, dv_acc = {};
     const float scale_log2 = scale * 1.44269504088896340736f;
-    const int a_row = lane & 15, a_chunk = lane >> 4;
-    const int b_row = (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
-    const int warp_key = warp * 16;
+    const int duo = warp >> 1, half = warp & 1;
+    const int warp_key = duo * 32;
+    const int own_query = half * (ROWS / 2), other_query = ROWS / 2 - own_query, own_chunk = half * (HEAD / 16);
     const int dq_row = (warp % (ROWS / 32)) * 32, dq_col = (warp / (ROWS / 32)) * kDqCols;
-    // Keys past the end must not reach dQ: their K rows are zero but p of a zero score is not.
-    const bool ragged = m - key_block * KEYS < KEYS;
-    const int key_limit = m - key_block * KEYS - warp_key - (lane >> 2);
+    const uint32_t warp_k = k_s + HeadTile::kRowBytes * warp_key, warp_v = warp_k + kKBytes;
+    // Keys past the end must not reach dQ: their K rows are zero but p of a zero score is not, and may be infinite.
+    const bool ragged = m - key_block * kKeys < kKeys;
+    const int key_limit = m - key_block * kKeys - warp_key - (lane >> 2);
+    auto duo_sync = [&] { asm volatile("bar.sync %0, 64;\n" ::"r"(1 + duo) : "memory"); };
 
     // Adds this key block's part of dQ of a tile. The caller has the tile's turn.
     auto add_dq = [&](int tile) {
       const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes;
       float dq[2][kDqColTiles][4] = {};
 #pragma unroll
-      for (int step = 0; step < KEYS / 16; ++step) {
+      for (int step = 0; step < kKeys / 16; ++step) {
         uint32_t a[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) // stored keys x queries, wanted queries x keys: transposed on load
-          ldmatrix4_trans(a[i], ds_t + ds_offset(step * 16 + b_row, (dq_row + i * 16) / 8 + b_chunk));
+          ldmatrix4_trans(a[i], ds_t + ds_offset(step * 16 + (lane & 7) + ((lane >> 4) << 3),
+                                                 (dq_row + i * 16) / 8 + ((lane >> 3) & 1)));
 #pragma unroll
         for (int j = 0; j < kDqCols / 16; ++j) {
           uint32_t b[4];
-          ldmatrix4_trans(b, k_s + HeadTile::offset(step * 16 + a_row, dq_col / 8 + j * 2 + a_chunk));
+          ldmatrix4_trans(b, k_s + HeadTile::offset(step * 16 + (lane & 15), dq_col / 8 + j * 2 + (lane >> 4)));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             H::mma(dq[i][2 * j], a[i], b[0], b[1]);
@@ -140,112 +219,131 @@ struct AttentionBackward {
       }
       // dQ lies in the order in which the threads hold it (attention_dq knows): 16 coalesced bytes a lane.
       float4 *sum = reinterpret_cast<float4 *>(dq_sum + static_cast<long>(tile) * (ROWS * HEAD)) +
-                    warp * (kDqRegs / 4) * 32 + lane;
+                    warp * (2 * kDqColTiles) * 32 + lane;
+#if __CUDA_ARCH__ < 900
+      // Nobody else may touch this tile now: plain reads through L2, all before the first write.
+      if (key_block != 0) {
+        float4 old[2][kDqColTiles];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < kDqColTiles; ++j) old[i][j] = __ldcg(sum + (i * kDqColTiles + j) * 32);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < kDqColTiles; ++j) {
+            dq[i][j][0] += old[i][j].x, dq[i][j][1] += old[i][j].y;
+            dq[i][j][2] += old[i][j].z, dq[i][j][3] += old[i][j].w;
+          }
+      }
+#endif
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int j = 0; j < kDqColTiles; ++j) {
           float4 *at = sum + (i * kDqColTiles + j) * 32;
           const float4 part = {dq[i][j][0], dq[i][j][1], dq[i][j][2], dq[i][j][3]};
-          if (key_block == 0) {
-            *at = part;
-          } else {
 #if __CUDA_ARCH__ >= 900
+          if (key_block != 0) {
             asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"l"(at), "f"(part.x), "f"(part.y),
                          "f"(part.z), "f"(part.w)
                          : "memory");
-#else
-            // Nobody else may touch this tile now: a plain read through L2, add and write.
-            float4 old = __ldcg(at);
-            old.x += part.x, old.y += part.y, old.z += part.z, old.w += part.w;
-            __stcg(at, old);
-#endif
+            continue;
           }
+#endif
+          __stcg(at, part);
         }
     };
-    auto read_turn = [&](int tile) {
-      int whose;
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(whose) : "l"(turn + tile) : "memory");
-      return whose;
+    // How many tiles the block before has added, as far as thread 0 knows; reading it anew takes the latency of L2.
+    int added = key_block == 0 ? 0x7fffffff : 0;
+    auto await_turn = [&](int tile) {
+      while (added <= tile)
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(added) : "l"(turns - 1) : "memory");
+    };
+    // The same without waiting: what it reads is there by the time of `await_turn`, where the latency would stand between
+    // two tiles (323 -> 354 TFLOP/s). No acquire, which waits; none is needed, for the sums are touched only by what acts
+    // in L2 (red, ld.cg, st.cg) and is issued behind the barrier that follows.
+    auto peek_turn = [&](int tile) {
+      if (added <= tile) asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(added) : "l"(turns - 1));
     };
     // A release by one thread after a barrier covers what all threads of the block did before it: one fence a tile, not
-    // one a thread (those cost 4 % of the kernel).
+    // one a thread.
     auto pass_turn = [&](int tile) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(turn + tile), "r"(key_block + 1) : "memory");
+      asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(turns), "r"(tile + 1) : "memory");
     };
-    constexpr int kLate = DS_STAGES - 1; // tiles by which dQ lags behind
 
     for (int tile = 0; tile < tiles; ++tile) {
-      const int stage = tile & 1;
       const uint32_t q_t = q_s + (tile % Q_STAGES) * kQBytes, do_t = do_s + (tile % DO_STAGES) * kQBytes;
       cp_async_wait<0>();
-      if (kLate && tile > 0 && threadIdx.x == 0)
-        while (read_turn(tile - 1) != key_block) {}
+      if (kLate && tile > 0 && threadIdx.x == 0) await_turn(tile - 1);
       __syncthreads(); // Q, dO and their statistics are here; the older stages are free; late: dS of tile - 1 is whole
       if (kLate && tile > 1 && threadIdx.x == 0) pass_turn(tile - 2);
       if (tile + 1 < tiles) {
         if (Q_STAGES == 2) load_q(tile + 1);
         if (DO_STAGES == 2) load_do(tile + 1);
+        load_stats(tile + 1);
         cp_async_commit();
-        load_stats(tile + 1, stage ^ 1);
+      }
+      // Warps w and w + 4 share a scheduler: one computes dQ here, the other at the end (4 %).
+      if (kLate && tile > 0 && warp < 4) add_dq(tile - 1);
+
+      Scores s = {}, dp = {};
+      {
+        // One product's operands are loaded while the other is computed.
+        uint32_t a[2][4], b[kSteps][4], c[2][4], d[kSteps][4];
+        const uint32_t own_q = q_t + own_query * HeadTile::kRowBytes, own_do = do_t + own_query * HeadTile::kRowBytes;
+        load_keys(a, warp_k, 0);
+        load_queries(b, own_q, 0);
+#pragma unroll
+        for (int step = 0; step < HEAD / 16; ++step) {
+          load_keys(c, warp_v, step);
+          load_queries(d, own_do, step);
+          product(s, a, b);
+          if (step + 1 < HEAD / 16) {
+            load_keys(a, warp_k, step + 1);
+            load_queries(b, own_q, step + 1);
+          }
+          product(dp, c, d);
+        }
       }
 
-      float s[kQueryTiles][4] = {}, dp[kQueryTiles][4] = {};
-      // Both products in one loop: twice the independent work between two loads (290 -> 300 TFLOP/s on H200, T = 21600).
-#pragma unroll
-      for (int step = 0; step < HEAD / 16; ++step) {
-        uint32_t a[4], c[4], b[ROWS / 16][4];
-        ldmatrix4(a, k_s + HeadTile::offset(warp_key + a_row, step * 2 + a_chunk));
-#pragma unroll
-        for (int j = 0; j < ROWS / 16; ++j) ldmatrix4(b[j], q_t + HeadTile::offset(j * 16 + b_row, step * 2 + b_chunk));
-        ldmatrix4(c, v_s + HeadTile::offset(warp_key + a_row, step * 2 + a_chunk));
-#pragma unroll
-        for (int j = 0; j < ROWS / 16; ++j) {
-          H::mma(s[2 * j], a, b[j][0], b[j][1]);
-          H::mma(s[2 * j + 1], a, b[j][2], b[j][3]);
-          ldmatrix4(b[j], do_t + HeadTile::offset(j * 16 + b_row, step * 2 + b_chunk));
-        }
-#pragma unroll
-        for (int j = 0; j < ROWS / 16; ++j) {
-          H::mma(dp[2 * j], c, b[j][0], b[j][1]);
-          H::mma(dp[2 * j + 1], c, b[j][2], b[j][3]);
-        }
-      }
+      if (threadIdx.x == 0) peek_turn(tile);
 
-      // P^T and dS^T, rounded to 16 bits: A operands of the next two products as they stand.
-      uint32_t p16[kQueryTiles][2], ds16[kQueryTiles][2];
-      const float *lse_s = stats + stage * 2 * ROWS, *delta_s = lse_s + ROWS;
+      Rounded p16, ds16;
+      const float *lse_s = reinterpret_cast<const float *>(shared + (stats_s - k_s) + (tile & 1) * kStatBytes) +
+                           own_query + (lane & 3) * 2;
 #pragma unroll
       for (int j = 0; j < kQueryTiles; ++j) {
-        const int column = j * 8 + (lane & 3) * 2;
-        const float2 base = *reinterpret_cast<const float2 *>(lse_s + column);
-        const float2 mean = *reinterpret_cast<const float2 *>(delta_s + column);
+        const float2 base = *reinterpret_cast<const float2 *>(lse_s + j * 8);
+        const float2 mean = *reinterpret_cast<const float2 *>(lse_s + ROWS + j * 8);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float p0 = exp2_fast(fmaf(s[j][2 * r], scale_log2, -base.x));
-          float p1 = exp2_fast(fmaf(s[j][2 * r + 1], scale_log2, -base.y));
-          if (ragged && r * 8 >= key_limit) p0 = p1 = 0.f;
-          p16[j][r] = H::pack(p0, p1);
-          ds16[j][r] = H::pack(p0 * (dp[j][2 * r] - mean.x), p1 * (dp[j][2 * r + 1] - mean.y));
-          *reinterpret_cast<uint32_t *>(ds_p + (tile % DS_STAGES) * kDsBytes +
-                                        ds_offset(warp_key + r * 8 + (lane >> 2), j) + (lane & 3) * 4) = ds16[j][r];
-        }
-      }
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int step = 0; step < ROWS / 16; ++step) {
-        const uint32_t a[4] = {p16[2 * step][0], p16[2 * step][1], p16[2 * step + 1][0], p16[2 * step + 1][1]};
-#pragma unroll
-        for (int j = 0; j < HEAD / 16; ++j) {
-          uint32_t b[4];
-          ldmatrix4_trans(b, do_t + HeadTile::offset(step * 16 + a_row, j * 2 + a_chunk));
-          H::mma(dv_acc[2 * j], a, b[0], b[1]);
-          H::mma(dv_acc[2 * j + 1], a, b[2], b[3]);
-        }
+          for (int r = 0; r < 2; ++r) {
+            float p0 = exp2_fast(fmaf(s[i][j][2 * r], scale_log2, -base.x));
+            float p1 = exp2_fast(fmaf(s[i][j][2 * r + 1], scale_log2, -base.y));
+            if (ragged && i * 16 + r * 8 >= key_limit) p0 = p1 = 0.f;
+            p16[i][j][r] = H::pack(p0, p1);
+            ds16[i][j][r] = H::pack(p0 * (dp[i][j][2 * r] - mean.x), p1 * (dp[i][j][2 * r + 1] - mean.y));
+          }
       }
 
+      // The halves of P change hands in the place that dS will have.
+      const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes;
+      unsigned char *ds_p = shared + (ds_t - k_s);
+      const uint32_t own = own_query * HeadTile::kRowBytes, other = other_query * HeadTile::kRowBytes;
+      Operand mine, theirs;
+      write_half(ds_p, p16, warp_key, own_query / 8);
+      own_operand(mine, p16);
+      add(dv_acc, mine, do_t + own, own_chunk);
+      duo_sync(); // P is whole
+      read_half(theirs, ds_t, warp_key, other_query / 8);
+      duo_sync(); // and has been read
+      write_half(ds_p, ds16, warp_key, own_query / 8);
+      add(dv_acc, theirs, do_t + other, own_chunk);
+
       if (!kLate) {
-        if (threadIdx.x == 0)
-          while (read_turn(tile) != key_block) {}
+        if (threadIdx.x == 0) await_turn(tile);
         __syncthreads(); // dS is whole; it is our turn on this tile; all threads are done with the previous one and dO
         if (threadIdx.x == 0 && tile > 0) pass_turn(tile - 1);
       }
@@ -253,42 +351,77 @@ struct AttentionBackward {
         load_do(tile + 1);
         cp_async_commit();
       }
-
-#pragma unroll
-      for (int step = 0; step < ROWS / 16; ++step) {
-        const uint32_t a[4] = {ds16[2 * step][0], ds16[2 * step][1], ds16[2 * step + 1][0], ds16[2 * step + 1][1]};
-#pragma unroll
-        for (int j = 0; j < HEAD / 16; ++j) {
-          uint32_t b[4];
-          ldmatrix4_trans(b, q_t + HeadTile::offset(step * 16 + a_row, j * 2 + a_chunk));
-          H::mma(dk_acc[2 * j], a, b[0], b[1]);
-          H::mma(dk_acc[2 * j + 1], a, b[2], b[3]);
-        }
-      }
+      own_operand(mine, ds16);
+      add(dk_acc, mine, q_t + own, own_chunk);
+      if (kLate) duo_sync(); // the duo's part of dS is whole
+      read_half(theirs, ds_t, warp_key, other_query / 8);
+      add(dk_acc, theirs, q_t + other, own_chunk);
 
       if (!kLate) add_dq(tile);
-      if (kLate && tile > 0) add_dq(tile - 1);
+      if (kLate && tile > 0 && warp >= 4) add_dq(tile - 1);
     }
     if (kLate) {
-      if (threadIdx.x == 0)
-        while (read_turn(tiles - 1) != key_block) {}
+      if (threadIdx.x == 0) await_turn(tiles - 1);
       __syncthreads();
-      if (threadIdx.x == 0 && tiles > 1) pass_turn(tiles - 2);
       add_dq(tiles - 1);
     }
     __syncthreads();
     if (threadIdx.x == 0) pass_turn(tiles - 1);
 
+    const long size = static_cast<long>(gridDim.y) * m * stride; // of dK, of dV
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (r * 8 >= key_limit) continue;
-      const long row = k_at + static_cast<long>(warp_key + r * 8 + (lane >> 2)) * stride + (lane & 3) * 2;
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int j = 0; j < kHeadTiles; ++j) {
-        *reinterpret_cast<uint32_t *>(dk + row + j * 8) =
-            H::pack(dk_acc[j][2 * r] * scale, dk_acc[j][2 * r + 1] * scale);
-        *reinterpret_cast<uint32_t *>(dv + row + j * 8) = H::pack(dv_acc[j][2 * r], dv_acc[j][2 * r + 1]);
+      for (int r = 0; r < 2; ++r) {
+        if (i * 16 + r * 8 >= key_limit) continue;
+        const long at = k_at + static_cast<long>(warp_key + i * 16 + r * 8 + (lane >> 2)) * stride + own_chunk * 8 +
+                        (lane & 3) * 2;
+        float *dk_part = parts + blockIdx.z * size + at, *dv_part = dk_part + splits * size;
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) {
+          const float2 dk2 = {dk_acc[i][j][2 * r] * scale, dk_acc[i][j][2 * r + 1] * scale};
+          const float2 dv2 = {dv_acc[i][j][2 * r], dv_acc[i][j][2 * r + 1]};
+          if (splits > 1) {
+            *reinterpret_cast<float2 *>(dk_part + j * 8) = dk2;
+            *reinterpret_cast<float2 *>(dv_part + j * 8) = dv2;
+          } else {
+            *reinterpret_cast<uint32_t *>(dk + at + j * 8) = H::pack(dk2.x, dk2.y);
+            *reinterpret_cast<uint32_t *>(dv + at + j * 8) = H::pack(dv2.x, dv2.y);
+          }
+        }
       }
+  }
+
+  // rows [b,n,tiles][lse, delta][ROWS]: lse * log2(e) and rowsum(dout * o); one warp a (query, head). Queries past the
+  // end get lse = inf, hence p = 0: they contribute nothing anywhere. Also clears the turn counters.
+  static __device__ void prepare(const T *__restrict__ o, const T *__restrict__ dout, const float *__restrict__ lse,
+                                 float *__restrict__ rows, int *__restrict__ turns, int n_turns, int l, int heads,
+                                 int batches) {
+    const int tiles = (l + ROWS - 1) / ROWS;
+    const long thread = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (thread < n_turns) turns[thread] = 0;
+    const long row = thread >> 5; // over [b, tiles * ROWS, n]
+    const int lane = threadIdx.x & 31;
+    const int head = row % heads, query = row / heads % (tiles * ROWS);
+    const long batch = row / heads / (tiles * ROWS);
+    if (batch >= batches) return;
+    float delta = 0.f;
+    if (query < l) {
+#pragma unroll
+      for (int i = 0; i < HEAD / 64; ++i) {
+        const long at = ((batch * l + query) * heads + head) * HEAD + i * 64 + lane * 2;
+        const float2 a = H::unpack(*reinterpret_cast<const uint32_t *>(o + at));
+        const float2 b = H::unpack(*reinterpret_cast<const uint32_t *>(dout + at));
+        delta += a.x * b.x + a.y * b.y;
+      }
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) delta += __shfl_xor_sync(~0u, delta, offset);
+    if (lane == 0) {
+      const long pair = batch * heads + head;
+      float *at = rows + (pair * tiles + query / ROWS) * (2 * ROWS) + query % ROWS;
+      at[0] = query < l ? lse[pair * l + query] * 1.44269504088896340736f : INFINITY;
+      at[ROWS] = delta;
     }
   }
 
@@ -300,7 +433,7 @@ struct AttentionBackward {
     const int tiles = (l + ROWS - 1) / ROWS;
     const long pair = static_cast<long>(batch) * heads + head;
     const float4 *sum = reinterpret_cast<const float4 *>(dq_sum + (pair * tiles + tile) * (ROWS * HEAD)) +
-                        warp * (kDqRegs / 4) * 32 + lane;
+                        warp * (2 * kDqColTiles) * 32 + lane;
     const int dq_row = (warp % (ROWS / 32)) * 32, dq_col = (warp / (ROWS / 32)) * kDqCols;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -309,68 +442,65 @@ struct AttentionBackward {
         const float4 part = sum[(i * kDqColTiles + j) * 32];
         const int row = tile * ROWS + dq_row + i * 16 + (lane >> 2);
         T *at = dq + ((static_cast<long>(batch) * l + row) * heads + head) * HEAD + dq_col + j * 8 + (lane & 3) * 2;
-        if (row < l) *reinterpret_cast<uint32_t *>(at) = Half16<T>::pack(part.x * scale, part.y * scale);
+        if (row < l) *reinterpret_cast<uint32_t *>(at) = H::pack(part.x * scale, part.y * scale);
         if (row + 8 < l)
-          *reinterpret_cast<uint32_t *>(at + static_cast<long>(8) * heads * HEAD) =
-              Half16<T>::pack(part.z * scale, part.w * scale);
+          *reinterpret_cast<uint32_t *>(at + static_cast<long>(8) * heads * HEAD) = H::pack(part.z * scale, part.w * scale);
       }
   }
 };
 
-// delta [b,n,l] = rowsum(dout * o); one warp a row of HEAD values; block (0,0) also clears the turn counters.
-template <typename T, int HEAD>
-__device__ void attention_delta(const T *__restrict__ o, const T *__restrict__ dout, float *__restrict__ delta,
-                                int *__restrict__ turns, int n_turns, int l, int heads, long rows) {
-  const long thread = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (thread < n_turns) turns[thread] = 0;
-  const long row = thread >> 5; // over [b, l, n]
-  const int lane = threadIdx.x & 31;
-  if (row >= rows) return;
-  float sum = 0.f;
+// dk, dv = the sums of parts [dk, dv][splits][n], four values a thread. Also for the parts of backward_sm90a.cu.
+template <typename T>
+__device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ dk, T *__restrict__ dv, long n,
+                               int splits) {
+  const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (at >= n) return;
 #pragma unroll
-  for (int i = 0; i < HEAD / 64; ++i) {
-    const long at = row * HEAD + i * 64 + lane * 2;
-    const float2 a = Half16<T>::unpack(*reinterpret_cast<const uint32_t *>(o + at));
-    const float2 b = Half16<T>::unpack(*reinterpret_cast<const uint32_t *>(dout + at));
-    sum += a.x * b.x + a.y * b.y;
+  for (int which = 0; which < 2; ++which) {
+    const float *part = parts + which * splits * n + at;
+    float4 sum = *reinterpret_cast<const float4 *>(part);
+    for (int split = 1; split < splits; ++split) {
+      const float4 more = *reinterpret_cast<const float4 *>(part + split * n);
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    const uint2 packed = {Half16<T>::pack(sum.x, sum.y), Half16<T>::pack(sum.z, sum.w)};
+    *reinterpret_cast<uint2 *>((which ? dv : dk) + at) = packed;
   }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(~0u, sum, offset);
-  const long head = row % heads, query = row / heads % l, batch = row / heads / l;
-  if (lane == 0) delta[(batch * heads + head) * l + query] = sum;
 }
 
 } // namespace wan
 
-#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, WARPS, Q_STAGES, DO_STAGES, DS_STAGES)                                          \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                                         \
-      attention_bwd_##SUFFIX(const T *q, const T *k, const T *v, const T *dout, const float *lse, const float *delta, \
-                             float *dq_sum, int *turns, T *dk, T *dv, int l, int m, int heads, float scale,           \
-                             int head_group) {                                                                        \
-    wan::AttentionBackward<T, HEAD, ROWS, WARPS, Q_STAGES, DO_STAGES, DS_STAGES>::run(q, k, v, dout, lse, delta, dq_sum, turns,  \
-                                                                           dk, dv, l, m, heads, scale, head_group);   \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                            \
-      attention_dq_##SUFFIX(const float *dq_sum, T *dq, int l, int heads, float scale) {                              \
-    wan::AttentionBackward<T, HEAD, ROWS, WARPS, Q_STAGES, DO_STAGES, DS_STAGES>::finish_dq(dq_sum, dq, l, heads, scale);        \
+#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES)                                      \
+  extern "C" __global__ void __launch_bounds__(256, 1) attention_bwd_##SUFFIX(                                         \
+      const T *q, const T *k, const T *v, const T *dout, const float *rows, float *dq_sum, int *turns, T *dk, T *dv,   \
+      float *parts, int l, int m, int heads, float scale, int head_group) {                                            \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::run(                                        \
+        q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale, head_group);                            \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256) attention_rows_##SUFFIX(                                           \
+      const T *o, const T *dout, const float *lse, float *rows, int *turns, int n_turns, int l, int heads,             \
+      int batches) {                                                                                                   \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::prepare(o, dout, lse, rows, turns, n_turns, \
+                                                                                   l, heads, batches);                 \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      attention_dq_##SUFFIX(const float *dq_sum, T *dq, int l, int heads, float scale) {                               \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::finish_dq(dq_sum, dq, l, heads, scale);     \
   }
-#define ATTENTION_DELTA(SUFFIX, T, HEAD)                                                                               \
-  extern "C" __global__ void __launch_bounds__(256)                                                                   \
-      attention_delta_##SUFFIX(const T *o, const T *dout, float *delta, int *turns, int n_turns, int l, int heads,    \
-                               long rows) {                                                                           \
-    wan::attention_delta<T, HEAD>(o, dout, delta, turns, n_turns, l, heads, rows);                                    \
+#define ATTENTION_KEYS(SUFFIX, T)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      attention_keys_##SUFFIX(const float *parts, T *dk, T *dv, long n, int splits) {                                  \
+    wan::attention_keys(parts, dk, dv, n, splits);                                                                     \
   }
 
-ATTENTION_DELTA(bf16_128, __nv_bfloat16, 128)
-ATTENTION_DELTA(f16_128, __half, 128)
-ATTENTION_DELTA(bf16_64, __nv_bfloat16, 64)
-ATTENTION_DELTA(f16_64, __half, 64)
+ATTENTION_KEYS(bf16, __nv_bfloat16)
+ATTENTION_KEYS(f16, __half)
 // 161 KB of shared memory: sm_80 and sm_90.
-ATTENTION_BACKWARD(bf16_128_64x128, __nv_bfloat16, 128, 64, 8, 2, 2, 2)
-ATTENTION_BACKWARD(f16_128_64x128, __half, 128, 64, 8, 2, 2, 2)
+ATTENTION_BACKWARD(bf16_128_64x128, __nv_bfloat16, 128, 64, 2, 2, 2)
+ATTENTION_BACKWARD(f16_128_64x128, __half, 128, 64, 2, 2, 2)
 // 96.5 KB: also sm_86 and sm_89, which have 99.
-ATTENTION_BACKWARD(bf16_128_32x128, __nv_bfloat16, 128, 32, 8, 2, 1, 1)
-ATTENTION_BACKWARD(f16_128_32x128, __half, 128, 32, 8, 2, 1, 1)
+ATTENTION_BACKWARD(bf16_128_32x128, __nv_bfloat16, 128, 32, 2, 1, 1)
+ATTENTION_BACKWARD(f16_128_32x128, __half, 128, 32, 2, 1, 1)
 // Head width 64: 97 KB, every card.
-ATTENTION_BACKWARD(bf16_64_64x128, __nv_bfloat16, 64, 64, 8, 2, 2, 2)
-ATTENTION_BACKWARD(f16_64_64x128, __half, 64, 64, 8, 2, 2, 2)
+ATTENTION_BACKWARD(bf16_64_64x128, __nv_bfloat16, 64, 64, 2, 2, 2)
+ATTENTION_BACKWARD(f16_64_64x128, __half, 64, 64, 2, 2, 2)

@@ -11,7 +11,7 @@
 //                     to a third warpgroup, which alone computes dQ, adds it to global fp32 sums, and brings Q and dO.
 //   attention_dq      scales dQ and rounds it to 16 bits
 //   attention_keys    where few keys leave processors without work, a key block's queries are shared out over `splits`
-//                     blocks; this sums their parts of dK and dV, always in the same order
+//                     blocks; this (of backward.cu) sums their parts of dK and dV, always in the same order
 //
 // Determinism: the blocks of one head add their part of a query tile strictly in the order of their key block, by a turn
 // counter per (head, two query tiles). A block only ever waits for the block before it in launch order, which is resident
@@ -315,24 +315,6 @@ template <typename T> struct AttentionBackwardHopper {
     }
   }
 
-  // dk, dv = the sums of parts [dk, dv][splits][n], four values a thread.
-  static __device__ void sum_keys(const float *__restrict__ parts, T *__restrict__ dk, T *__restrict__ dv, long n,
-                                  int splits) {
-    const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-    if (at >= n) return;
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const float *part = parts + which * splits * n + at;
-      float4 sum = *reinterpret_cast<const float4 *>(part);
-      for (int split = 1; split < splits; ++split) {
-        const float4 more = *reinterpret_cast<const float4 *>(part + split * n);
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-      }
-      const uint2 packed = {Half16<T>::pack(sum.x, sum.y), Half16<T>::pack(sum.z, sum.w)};
-      *reinterpret_cast<uint2 *>((which ? dv : dk) + at) = packed;
-    }
-  }
-
   // rows [b,n,tiles][lse, delta][64]: lse * log2(e) and rowsum(dout * o); one warp a (query, head). Queries past the end
   // get lse = inf, hence p = 0: they contribute nothing anywhere. Also clears the turn counters.
   static __device__ void prepare(const T *__restrict__ o, const T *__restrict__ dout, const float *__restrict__ lse,
@@ -393,10 +375,6 @@ template <typename T> struct AttentionBackwardHopper {
       float *dq_sum, int *turns, T *dk, T *dv, float *parts, int l, int m, int heads, float scale, int head_group) {  \
     wan::AttentionBackwardHopper<T>::run(&q, &k, &v, &dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale,   \
                                          head_group);                                                                 \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256)                                                                   \
-      attention_keys_hopper_##SUFFIX(const float *parts, T *dk, T *dv, long n, int splits) {                          \
-    wan::AttentionBackwardHopper<T>::sum_keys(parts, dk, dv, n, splits);                                              \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_hopper_##SUFFIX(                                    \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int l, int heads, int batches) {          \

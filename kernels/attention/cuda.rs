@@ -59,11 +59,18 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
     let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
     let dtype = a.q_blnh.dtype();
     let tile = tile::backward(h, gpu.card().shared_bytes);
-    let tiles = l.div_ceil(tile.rows);
+    let (tiles, key_blocks, processors) = (l.div_ceil(tile.rows), m.div_ceil(tile.keys), gpu.card().processors);
+    let splits = tile::splits(b * n * key_blocks, tiles, processors);
+    let variant = format!("{}_{h}_{}x{}", suffix(dtype), tile.rows, tile.keys);
     let scale = Arg::f32(super::scale(h) as f32);
 
-    let delta_bnl = gpu.empty((b, n, l), DType::F32)?;
-    let turns = gpu.empty((b, n, tiles), DType::U32)?;
+    // Log-sum-exp and delta of a tile's rows side by side; how many tiles each block has added to dq.
+    let rows = gpu.empty((b, n, tiles, 2 * tile.rows), DType::F32)?;
+    let turns = gpu.empty((b, n, splits, key_blocks), DType::U32)?;
+    let parts = match splits {
+        1 => None,
+        _ => Some(gpu.empty((2, splits, a.k_bmnh.elem_count()), DType::F32)?),
+    };
     let dq_sum = gpu.empty((b, n, tiles, tile.rows * h), DType::F32)?;
     let dq_blnh = gpu.empty(a.q_blnh.shape(), dtype)?;
     let dk_bmnh = gpu.empty(a.k_bmnh.shape(), dtype)?;
@@ -74,43 +81,48 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
     let d_o = View::new(OP, &cast(gpu, OP, a.do_blnh, dtype)?)?;
     let lse = View::new(OP, a.lse_bnl)?;
 
-    let rows = b * l * n;
     let args = [
         Arg::ptr(o.address),
         Arg::ptr(d_o.address),
-        at(&delta_bnl)?,
+        Arg::ptr(lse.address),
+        at(&rows)?,
         at(&turns)?,
-        Arg::i32(b * n * tiles),
+        Arg::i32(turns.elem_count()),
         Arg::i32(l),
         Arg::i32(n),
-        Arg::i64(rows),
+        Arg::i32(b),
     ];
-    let name = format!("attention_delta_{}_{h}", suffix(dtype));
-    gpu.launch(FILE, &name, Launch::over(rows * 32, 1), &args)?;
+    let threads = (b * tiles * tile.rows * n * 32).max(turns.elem_count());
+    gpu.launch(FILE, &format!("attention_rows_{variant}"), Launch::over(threads, 1), &args)?;
 
-    let group = tile::head_group(n, m, gpu.card().processors);
+    let group = tile::head_group(n, m, processors);
     let args = [
         Arg::ptr(q.address),
         Arg::ptr(k.address),
         Arg::ptr(v.address),
         Arg::ptr(d_o.address),
-        Arg::ptr(lse.address),
-        at(&delta_bnl)?,
+        at(&rows)?,
         at(&dq_sum)?,
         at(&turns)?,
         at(&dk_bmnh)?,
         at(&dv_bmnh)?,
+        parts.as_ref().map_or(Ok(Arg::ptr(0)), at)?,
         Arg::i32(l),
         Arg::i32(m),
         Arg::i32(n),
         scale,
         Arg::i32(group),
     ];
-    let variant = format!("{}_{h}_{}x{}", suffix(dtype), tile.rows, tile.keys);
-    let blocks = n.div_ceil(group) * group * m.div_ceil(tile.keys);
-    let launch = Launch { shared: tile.shared, ..Launch::blocks((blocks, b, 1), 256) };
+    let blocks = n.div_ceil(group) * group * key_blocks;
+    let launch = Launch { shared: tile.shared, ..Launch::blocks((blocks, b, splits), 256) };
     gpu.launch(FILE, &format!("attention_bwd_{variant}"), launch, &args)?;
 
+    if let Some(parts) = &parts {
+        let size = a.k_bmnh.elem_count();
+        let args = [at(parts)?, at(&dk_bmnh)?, at(&dv_bmnh)?, Arg::i64(size), Arg::i32(splits)];
+        let name = format!("attention_keys_{}", suffix(dtype));
+        gpu.launch(FILE, &name, Launch::over(size, 4), &args)?;
+    }
     let args = [at(&dq_sum)?, at(&dq_blnh)?, Arg::i32(l), Arg::i32(n), scale];
     gpu.launch(FILE, &format!("attention_dq_{variant}"), Launch::blocks((tiles, n, b), 256), &args)?;
     Ok(AttentionGrads { dq_blnh, dk_bmnh, dv_bmnh })

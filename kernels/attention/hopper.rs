@@ -106,7 +106,8 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
     if let Some(parts) = &parts {
         let size = a.k_bmnh.elem_count();
         let args = [at(parts)?, at(&dk_bmnh)?, at(&dv_bmnh)?, Arg::i64(size), Arg::i32(splits)];
-        gpu.launch(FILE, &name("keys"), Launch::over(size, 4), &args)?;
+        let name = format!("attention_keys_{}", suffix(dtype));
+        gpu.launch("attention/backward", &name, Launch::over(size, 4), &args)?;
     }
     let args = [at(&dq_sum)?, at(&dq_blnh)?, Arg::i32(l), Arg::i32(n), scale];
     gpu.launch(FILE, &name("dq"), Launch::blocks((count, n, b), 128), &args)?;
