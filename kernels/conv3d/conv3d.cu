@@ -5,8 +5,8 @@
 // A block computes TY x 16 positions of one output frame by BN channels. For each frame tap and each 32 channels it loads
 // the patch of input that all row and column taps read, (TY + 2) x 18 positions, once: a tap is then nothing but another
 // first row in shared memory. Loaded tap by tap, the same input would cross L2 nine times, which L2 cannot keep up with
-// (36 bytes a clock and multiprocessor at full rate, where it gives about 24). The weights of one tap, BN x 32, stream
-// through a ring of kStages.
+// (36 bytes a clock and multiprocessor at full rate, where it gives about 24). Between two barriers a block computes TAPS
+// taps: one, or a row of three. Their weights, BN x 32 each, stream through a ring of STAGES.
 //
 // With a stride the patch is one of stride^2 phases, positions of equal remainder, so that the rows a matrix load reads
 // are neighbours again. `up` reads the input as if every position were repeated 2 x 2. Frames before the stream's
@@ -51,21 +51,21 @@ __device__ __forceinline__ uint32_t row_chunk(int row, int chunk) {
   return static_cast<uint32_t>(row * kRow + ((chunk ^ ((row >> 1) & 3)) << 4));
 }
 
-template <typename T, int TY, int BN, int WARPS_M, int WARPS_N, int STAGES, int MIN_BLOCKS>
-struct Conv {
+template <typename T, int TY, int BN, int WARPS_M, int WARPS_N, int TAPS, int STAGES> struct Conv {
   static constexpr int kThreads = WARPS_M * WARPS_N * 32;
   static constexpr int kMT = TY / WARPS_M, kWN = BN / WARPS_N, kNT = kWN / 8;
   static constexpr int kPatchRows = (TY + 2) * kPX;
-  static constexpr int kPatchBytes = kPatchRows * kRow, kWeightBytes = BN * kRow;
+  static constexpr int kPatchBytes = kPatchRows * kRow, kTapBytes = BN * kRow, kWeightBytes = TAPS * kTapBytes;
   static constexpr int kPitch = kWN + 4; // floats of a staged row
   static constexpr int kStageBytes = WARPS_M * WARPS_N * 16 * kPitch * 4;
   static constexpr int kTableBytes = (kMaxPhases * kPatchRows + kMaxTaps) * 4;
   static constexpr int kLoopBytes = 2 * kPatchBytes + STAGES * kWeightBytes + kTableBytes;
   static constexpr int kSlices = (kPatchRows * 4 + kThreads - 1) / kThreads; // copies of a patch by one thread
-  static constexpr int kSlicesATap = (kSlices + 5) / 6;
+  static constexpr int kSpread = 6 / TAPS; // steps that issue them
+  static constexpr int kSlicesAStep = (kSlices + kSpread - 1) / kSpread;
   static constexpr int kShared = kLoopBytes > kStageBytes ? kLoopBytes : kStageBytes;
   static_assert(TY % WARPS_M == 0 && kWN % 16 == 0, "whole matrix tiles");
-  static_assert(kMaxTaps - STAGES >= 5, "a patch whose copies are issued with six taps is there in time");
+  static_assert(kMaxTaps / TAPS - kSpread >= STAGES - 2, "a patch whose copies are issued with six taps is there in time");
 
   const ConvInput &in;
   const ConvShape &s;
@@ -203,7 +203,7 @@ struct Conv {
       fill_tables(offsets, taps);
       __syncthreads();
       const int a_round = s.ky * s.kx, phases = min(s.step, s.ky) * min(s.step, s.kx);
-      const int steps = (s.kt - first_t) * (s.c / kBC) * a_round;
+      const int steps = (s.kt - first_t) * (s.c / kBC) * (a_round / TAPS);
       const uint32_t patches = smem_address(memory), weights = patches + 2 * kPatchBytes;
       const long tap_size = static_cast<long>(s.o) * s.c;
 
@@ -217,12 +217,14 @@ struct Conv {
         patch_c = 0;
         if (++patch_t < s.kt) patch_src = frame(f + patch_t);
       };
-      // The weights to be loaded next: of tap `ahead` of a round over all taps of 32 channels.
+      // The weights to be loaded next: of the taps from `ahead` on, of a round over all taps of 32 channels.
       int ahead = 0, weight_c = 0;
       const T *weight_src = weight + first_t * a_round * tap_size + static_cast<long>(n0) * s.c;
-      const auto next_weight = [&](uint32_t dst) {
-        load_weight(dst, weight_src + (taps[ahead] >> 16) * tap_size);
-        if (++ahead < a_round) return;
+      const auto next_weights = [&](uint32_t dst) {
+#pragma unroll 1
+        for (int i = 0; i < TAPS; ++i) // unrolled, it would take registers from the products
+          load_weight(dst + i * kTapBytes, weight_src + (taps[ahead + i] >> 16) * tap_size);
+        if ((ahead += TAPS) < a_round) return;
         ahead = 0;
         weight_c += kBC, weight_src += kBC;
         if (weight_c < s.c) return;
@@ -233,31 +235,35 @@ struct Conv {
       next_patch();
 #pragma unroll
       for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < steps) next_weight(weights + i * kWeightBytes);
+        if (i < steps) next_weights(weights + i * kWeightBytes);
         cp_async_commit();
       }
-      // A patch is requested while the one before it is computed, a few copies with each tap. Where a patch has few taps
+      // A patch is requested while the one before it is computed, a few copies with each step. Where a patch has few taps
       // all copies go out with the first, and everything is waited for.
       const bool shallow = a_round / phases < kMaxTaps;
       int slice = 0, patch = 0, slot = 0, free_slot = STAGES - 1, now = 0;
       for (int step = 0; step < steps; ++step) {
-        const int tap = taps[now];
+        const int tap = taps[now + TAPS - 1];
         if (shallow) cp_async_wait<0>();
         else cp_async_wait<STAGES - 2>();
         __syncthreads();
         if (slice < kSlices && patch_t < s.kt) {
           const uint32_t dst = patches + (patch ^ 1) * kPatchBytes;
-          const int *rows = offsets + phase * kPatchRows, until = shallow ? kSlices : slice + kSlicesATap;
+          const int *rows = offsets + phase * kPatchRows, until = shallow ? kSlices : slice + kSlicesAStep;
           for (; slice < until; ++slice) load_slice(dst, patch_src + patch_c, rows, threadIdx.x + slice * kThreads);
         }
-        if (step + STAGES - 1 < steps) next_weight(weights + free_slot * kWeightBytes);
+        if (step + STAGES - 1 < steps) next_weights(weights + free_slot * kWeightBytes);
         cp_async_commit();
-        products(patches + patch * kPatchBytes, weights + slot * kWeightBytes, tap & 0x7fff, warp_m, warp_n, acc);
+#pragma unroll
+        for (int i = 0; i < TAPS; ++i) {
+          const int row = (i == TAPS - 1 ? tap : taps[now + i]) & 0x7fff;
+          products(patches + patch * kPatchBytes, weights + slot * kWeightBytes + i * kTapBytes, row, warp_m, warp_n, acc);
+        }
         if (tap & 0x8000) {
           patch ^= 1, slice = 0;
           next_patch();
         }
-        now = now + 1 == a_round ? 0 : now + 1;
+        now = now + TAPS == a_round ? 0 : now + TAPS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
         free_slot = free_slot + 1 == STAGES ? 0 : free_slot + 1;
       }
@@ -268,11 +274,11 @@ struct Conv {
   }
 };
 
-template <typename T, int TY, int BN, int WARPS_M, int WARPS_N, int STAGES, int MIN_BLOCKS>
+template <typename T, int TY, int BN, int WARPS_M, int WARPS_N, int TAPS, int STAGES>
 __device__ __forceinline__ void conv(const ConvInput &in, const ConvSizes &sizes, const ConvTaps &taps,
                                      const void *weight, In bias, const void *add, void *out) {
   extern __shared__ __align__(128) char memory[];
-  using Kernel = Conv<T, TY, BN, WARPS_M, WARPS_N, STAGES, MIN_BLOCKS>;
+  using Kernel = Conv<T, TY, BN, WARPS_M, WARPS_N, TAPS, STAGES>;
   const ConvShape s(sizes, taps);
   const int tiles_x = (s.x_out + kTX - 1) / kTX;
   const int tile_y = blockIdx.y / tiles_x;
@@ -285,17 +291,19 @@ __device__ __forceinline__ void conv(const ConvInput &in, const ConvSizes &sizes
 
 } // namespace wan
 
-#define WAN_CONV_OF(NAME, T, TY, BN, WM, WN, STAGES, BLOCKS)                                                           \
-  extern "C" __global__ void __launch_bounds__(WM *WN * 32, BLOCKS)                                                    \
+#define WAN_CONV_OF(NAME, T, TY, BN, WM, WN, TAPS, STAGES)                                                             \
+  extern "C" __global__ void __launch_bounds__(WM *WN * 32, 2)                                                         \
       NAME(const __grid_constant__ wan::ConvInput in, const __grid_constant__ wan::ConvSizes sizes,                    \
-           const __grid_constant__ wan::ConvTaps taps, const void *weight, wan::In bias, const void *add,         \
+           const __grid_constant__ wan::ConvTaps taps, const void *weight, wan::In bias, const void *add,              \
            void *out) {                                                                                                \
-    wan::conv<T, TY, BN, WM, WN, STAGES, BLOCKS>(in, sizes, taps, weight, bias, add, out);                             \
+    wan::conv<T, TY, BN, WM, WN, TAPS, STAGES>(in, sizes, taps, weight, bias, add, out);                               \
   }
-#define WAN_CONV(NAME, TY, BN, WM, WN, STAGES, BLOCKS)                                                                 \
-  WAN_CONV_OF(NAME##_bf16, __nv_bfloat16, TY, BN, WM, WN, STAGES, BLOCKS)                                              \
-  WAN_CONV_OF(NAME##_f16, __half, TY, BN, WM, WN, STAGES, BLOCKS)
+#define WAN_CONV(NAME, TY, BN, WM, WN, TAPS, STAGES)                                                                   \
+  WAN_CONV_OF(NAME##_bf16, __nv_bfloat16, TY, BN, WM, WN, TAPS, STAGES)                                                \
+  WAN_CONV_OF(NAME##_f16, __half, TY, BN, WM, WN, TAPS, STAGES)
 
-// As `TILES` in cuda.rs has them.
-WAN_CONV(conv_96, 16, 96, 4, 2, 4, 2)
-WAN_CONV(conv_32, 16, 32, 8, 1, 4, 2)
+// As cuda.rs has them. Those of a row take kernels three columns wide without a stride.
+WAN_CONV(conv_96, 16, 96, 4, 2, 1, 4)
+WAN_CONV(conv_96_row, 16, 96, 4, 1, 3, 2)
+WAN_CONV(conv_32, 16, 32, 8, 1, 1, 4)
+WAN_CONV(conv_32_row, 16, 32, 8, 1, 3, 2)

@@ -7,6 +7,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::tile::{Tile, COLUMNS, WIDE};
 use super::{CausalConv3d, CausalConv3dArgs, ChannelNorm, ChannelNormArgs, Sizes};
 use crate::common::gpu::{tensor_address, Arg, Gpu, Launch, View};
 use crate::linear::cuda::{plain_product, Plain};
@@ -17,30 +18,6 @@ const FILE: &str = "conv3d/channels";
 
 /// Channels are filled up to a multiple of this: what the kernel takes at a time.
 const CHANNELS: usize = 32;
-
-/// A tile of `conv3d.cu`: rows of 16 columns by output channels.
-struct Tile {
-    name: &'static str,
-    rows: usize,
-    channels: usize,
-    warps: usize,
-    stages: usize,
-}
-
-/// The wide one computes 320 to 340 TFLOP/s on an H200 at the VAE's large layers, in 71 KB of shared memory and 128
-/// registers, so that two blocks share a multiprocessor. Warps of 64 x 96 were no faster.
-const WIDE: Tile = Tile { name: "conv_96", rows: 16, channels: 96, warps: 8, stages: 4 };
-/// For the last layers of both halves, 32 and 3 channels.
-const NARROW: Tile = Tile { name: "conv_32", rows: 16, channels: 32, warps: 8, stages: 4 };
-const COLUMNS: usize = 16;
-
-impl Tile {
-    /// As `Conv::kLoopBytes`, which is more than what the end needs.
-    fn shared(&self) -> usize {
-        let patch = (self.rows + 2) * (COLUMNS + 2);
-        2 * patch * 64 + self.stages * self.channels * 64 + (4 * patch + 9) * 4
-    }
-}
 
 fn filled(c: usize) -> usize {
     c.next_multiple_of(CHANNELS)
@@ -226,7 +203,7 @@ fn convolve(
     let word = |n: usize| n as u32;
     let sizes = [s.f, dims[3], dims[4], x.pitch, s.f_out, s.y_out, s.x_out, o, if bias.is_some() { s.o } else { 0 }];
     let taps = [s.kt, s.ky, s.kx, a.stride[0], a.stride[1], pads[0], pads[1], pads[2], past.len(), usize::from(a.up)];
-    let tile = if o > NARROW.channels { &WIDE } else { &NARROW };
+    let tile = Tile::choose(o, s.kx == 3 && a.stride[1] == 1, gpu.card().shared_bytes);
     let name = format!("{}_{}", tile.name, if compute == DType::BF16 { "bf16" } else { "f16" });
     let tiles = s.y_out.div_ceil(tile.rows) * s.x_out.div_ceil(COLUMNS);
     let args = [

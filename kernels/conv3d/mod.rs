@@ -16,6 +16,7 @@ mod norm;
 mod plain;
 #[cfg(test)]
 mod tests;
+pub mod tile;
 
 pub use layout::{frames, interleave, planes, prepare};
 pub use norm::{ChannelNorm, ChannelNormArgs};
