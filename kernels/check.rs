@@ -309,7 +309,7 @@ fn flow(c: &mut Checker<'_>) -> Result<()> {
         let mixed = p.exec.run::<FlowMix>(&FlowMixArgs { latents, noise, sigma_b })?;
         let loss = p.exec.run::<FlowLoss>(&FlowLossArgs { pred, latents, noise, weight_b: Some(weight_b) })?;
         let args = FlowLossBackwardArgs { pred, latents, noise, weight_b: None, dloss: 0.5 };
-        Ok(vec![mixed, loss.loss, loss.loss_b, p.exec.run::<FlowLossBackward>(&args)?])
+        Ok(vec![mixed, loss.loss_b, p.exec.run::<FlowLossBackward>(&args)?])
     })
 }
 

@@ -56,7 +56,8 @@ impl<const N: usize> Siblings<'_, N> {
         };
         let (exec, out) = (self.sites[0].exec, self.sites[0].exec.compute());
         let args = LinearArgs { x: x_bli, weight_oi: &stack.down_ri, bias_o: None, out };
-        let h_blr = scaled(exec.run::<Linear>(&args)?, loras[0].scale)?;
+        // With alpha = rank, as in the templates, there is nothing to scale.
+        let h_blr = exec.scaled(exec.run::<Linear>(&args)?, loras[0].scale)?;
         let ys = each(self.sites.iter().zip(&stack.ups_or).zip(stack.parts()).map(|((site, up_or), (at, r))| {
             let base = site.frozen.forward(exec, x_bli, out)?;
             let args = LinearAddArgs { x: &h_blr.narrow(2, at, r)?, weight_oi: up_or, base, out };
@@ -89,7 +90,7 @@ impl<const N: usize> Siblings<'_, N> {
         }
         drop(h_blr);
         let args = LinearStackBackwardArgs { dys: &dys_blo.each_ref(), ups_or: &stack.ups_or };
-        let dh_blr = scaled(exec.run::<LinearStackBackward>(&args)?, loras[0].scale)?;
+        let dh_blr = exec.scaled(exec.run::<LinearStackBackward>(&args)?, loras[0].scale)?;
         let ddown_ri = exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: x_bli, dy: &dh_blr })?;
         for ((site, lora), (at, _)) in self.sites.iter().zip(loras).zip(stack.parts()) {
             sink.add(site.name()?, "lora_down.weight", &ddown_ri.narrow(0, at, lora.down.dim(0)?)?)?;
@@ -141,11 +142,6 @@ impl<const N: usize> Siblings<'_, N> {
         let pairs = loras.map(|lora| (&lora.down, &lora.up));
         Ok(Some((Stack::new(self.sites[0].exec, &pairs)?, loras)))
     }
-}
-
-/// With alpha = rank, as in the templates, there is nothing to scale.
-fn scaled(h: Tensor, scale: f64) -> Result<Tensor> {
-    Ok(if scale == 1.0 { h } else { (h * scale)? })
 }
 
 /// As many results as there are siblings.

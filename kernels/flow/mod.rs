@@ -32,10 +32,16 @@ pub struct FlowLossArgs<'a> {
 }
 
 pub struct FlowLossOut {
-    /// F32 [].
-    pub loss: Tensor,
-    /// Each sample's weighted mean, whose mean is `loss`: F32 [b].
+    /// Each sample's weighted mean, F32 [b].
     pub loss_b: Tensor,
+}
+
+impl FlowLossOut {
+    /// The losses of the samples, and their mean, which is what is trained on. Waits for the card.
+    pub fn read(&self) -> Result<(f32, Vec<f32>)> {
+        let each = self.loss_b.to_vec1::<f32>()?;
+        Ok((each.iter().sum::<f32>() / each.len() as f32, each))
+    }
 }
 
 /// `dpred` of [`FlowLoss`].
@@ -105,7 +111,7 @@ impl Op for FlowLoss {
         if let Some(weight_b) = a.weight_b {
             loss_b = (loss_b * weight_b)?;
         }
-        Ok(FlowLossOut { loss: loss_b.mean_all()?, loss_b })
+        Ok(FlowLossOut { loss_b })
     }
 
     #[cfg(feature = "cuda")]

@@ -10,10 +10,23 @@ extern "C" __global__ void cast(wan::In x, wan::Out y, long n) {
   wan::store8(y, at, n, v);
 }
 
-// A flat buffer's parts begin anywhere: one value a thread.
-extern "C" __global__ void add_assign(float *dst, const float *src, long n) {
+// y = x * factor
+extern "C" __global__ void scale(wan::In x, wan::Out y, float factor, long n) {
+  const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+  if (at >= n) return;
+  float v[8];
+  wan::load8(x, at, n, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] *= factor;
+  wan::store8(y, at, n, v);
+}
+
+// A flat buffer's parts begin anywhere: one value a thread. Rows of src are `stride` apart, those of dst `columns`.
+extern "C" __global__ void add_assign(float *dst, const float *src, int columns, int stride, long n) {
   const long at = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at < n) dst[at] += src[at];
+  if (at >= n) return;
+  const long row = at / columns;
+  dst[at] += src[row * stride + (at - row * columns)];
 }
 
 // y [.., wide] = x [rows, columns] with zeros to the right and below.

@@ -309,12 +309,23 @@ fn pad(gpu: &Gpu, t: &Tensor, y: &Tensor) -> Result<()> {
     gpu.launch("linear/cast", "pad", Launch::over(n, 1), &args)
 }
 
-/// `dst += src`, both contiguous F32 of one size; `dst` may be a part of a larger buffer.
+/// `t · factor` in its own dtype.
+pub(super) fn scaled(gpu: &Gpu, t: &Tensor, factor: f64) -> Result<Tensor> {
+    const OP: &str = "scale";
+    let (n, y) = (t.elem_count(), gpu.empty(t.shape(), t.dtype())?);
+    let (from, to) = (View::new(OP, t)?, View::new(OP, &y)?);
+    let args = [Arg::tensor(&from), Arg::tensor(&to), Arg::f32(factor as f32), Arg::i64(n)];
+    gpu.launch("linear/cast", "scale", Launch::over(n, 8), &args)?;
+    Ok(y)
+}
+
+/// `dst += src`, F32 of one size; `dst` may be a part of a larger buffer, `src` columns of a wider matrix.
 pub fn add_assign(gpu: &Gpu, dst: &Tensor, src: &Tensor) -> Result<()> {
     const NAME: &str = "add_assign";
     let n = src.elem_count();
-    let src_view = View::new(NAME, src)?;
-    let dst = crate::common::gpu::tensor_address(NAME, dst)?;
-    let args = [Arg::ptr(dst), Arg::ptr(src_view.address), Arg::i64(n)];
+    let (from, stride) = View::rows(NAME, src)?;
+    let columns = if stride.is_some() { super::last(src) } else { n };
+    let to = Arg::ptr(crate::common::gpu::tensor_address(NAME, dst)?);
+    let args = [to, Arg::ptr(from.address), Arg::i32(columns), Arg::i32(stride.unwrap_or(n)), Arg::i64(n)];
     gpu.launch("linear/cast", "add_assign", Launch::over(n, 1), &args)
 }

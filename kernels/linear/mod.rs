@@ -37,6 +37,18 @@ impl crate::Exec {
             crate::Exec::Cuda { gpu, compute, .. } => gpu.timed("cast", || cuda::cast(gpu, "cast", t, *compute)),
         }
     }
+
+    /// `t · factor`, in the dtype of `t`.
+    pub fn scaled(&self, t: Tensor, factor: f64) -> Result<Tensor> {
+        if factor == 1.0 {
+            return Ok(t);
+        }
+        match self {
+            crate::Exec::Reference { .. } => Ok((t * factor)?),
+            #[cfg(feature = "cuda")]
+            crate::Exec::Cuda { gpu, .. } => gpu.timed("scale", || cuda::scaled(gpu, &t, factor)),
+        }
+    }
 }
 
 /// The matrices of a LoRA, `down` [r, i] and `up` [o, r], as products take them best. On a card that is the compute dtype

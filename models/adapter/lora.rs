@@ -68,7 +68,7 @@ impl Lora {
     /// The diagonal between `down` and `up`: its own transpose, so forward and backward share it.
     fn scale_and_mask(&self, at: &At, h_blr: Tensor) -> Result<Tensor> {
         // With alpha = rank, as in the templates, there is nothing to scale.
-        let mut h_blr = if self.scale == 1.0 { h_blr } else { (h_blr * self.scale)? };
+        let mut h_blr = at.exec.scaled(h_blr, self.scale)?;
         for mask in [&at.dropout.neuron, &at.dropout.rank].into_iter().flatten() {
             h_blr = h_blr.broadcast_mul(&mask.to_dtype(h_blr.dtype())?)?;
         }

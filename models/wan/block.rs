@@ -56,7 +56,7 @@ const GATE_FFN: usize = 5;
 impl Block<'_> {
     /// `x` `[b, l, d]` to the block's output; nothing is kept.
     pub fn predict(&self, w: &BlockWeights, x_bld: &Tensor, probe: &mut Probe) -> Result<Tensor> {
-        let mods = self.cx.time.modulation(&w.modulation)?;
+        let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
         let (_, x1_bld) = self.self_attention(w, &mods, x_bld, None, probe)?;
         let (_, cross_bld) = self.cross_attention(w, &x1_bld, probe)?;
         let x2_bld = self.added(&x1_bld, &cross_bld)?;
@@ -68,7 +68,7 @@ impl Block<'_> {
     /// The same, keeping what `plan` says; whatever it does not keep is dropped as early as in `predict`.
     pub fn forward(&self, w: &BlockWeights, x_bld: Tensor, plan: BlockPlan) -> Result<(Tensor, Stored)> {
         let mut probe = Probe::off();
-        let mods = self.cx.time.modulation(&w.modulation)?;
+        let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
         let all = plan.keep == SavePolicy::KeepAll;
         let (self_attn, x1_bld) = self.self_attention(w, &mods, &x_bld, None, &mut probe)?;
         let (whole, attn) = match plan.keep {
@@ -211,7 +211,7 @@ impl Block<'_> {
         past_peak: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Tensor>> {
         let BlockSaved { x_bld, kept } = saved;
-        let mods = self.cx.time.modulation(&w.modulation)?;
+        let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
         // `x1` is needed at both ends of the cross-attention part: in between only what it was made from is held.
         let (self_attn, cross_attn, x2_bld, ffn) = match kept {
             Kept::All(products) => {

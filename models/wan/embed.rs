@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
+use wan_kernels::gate_residual::{GateResidual, GateResidualArgs};
 use wan_kernels::gelu::{ActivationArgs, GeluErf, GeluTanh, Silu};
 use wan_kernels::norm::{LayerNorm, LayerNormArgs};
 use wan_kernels::patchify::{Patchify, PatchifyArgs};
@@ -47,6 +48,8 @@ pub(super) struct TimeEmbedding {
     e_ud: Tensor,
     /// `[6, u, dim]` fp32, for the blocks.
     e0_6ud: Tensor,
+    /// As many ones.
+    ones_6ud: Tensor,
     /// Which row each token takes, u32 `[b·l]`; without it, row b belongs to sample b.
     rows: Option<TokenRows>,
 }
@@ -67,7 +70,8 @@ impl TimeEmbedding {
         let e_ud = w.time_out.forward(full, &hidden_ud, DType::F32)?;
         let flat_u6d = w.time_projection.forward(full, &silu(&e_ud)?, DType::F32)?;
         let e0_6ud = flat_u6d.reshape((distinct.len(), 6, arch.dim))?.transpose(0, 1)?.contiguous()?;
-        let this = Self { e_ud, e0_6ud, rows };
+        let ones_6ud = Tensor::from_vec(vec![1f32; e0_6ud.elem_count()], e0_6ud.shape(), full.device())?;
+        let this = Self { e_ud, e0_6ud, ones_6ud, rows };
         if probe.is_on() {
             probe.see("sinusoidal_t", &this.of_first_token(&sin_uf)?)?;
             probe.see("time_embedding_e", &this.of_first_token(&this.e_ud)?)?;
@@ -77,12 +81,21 @@ impl TimeEmbedding {
     }
 
     /// Learned offsets `[1, n, dim]` plus this timestep's, n = 6 for a block: `[n, u, dim]` fp32.
-    pub fn modulation(&self, learned_1nd: &Tensor) -> Result<Modulation<'_>> {
-        let learned_n1d = learned_1nd.to_dtype(DType::F32)?.transpose(0, 1)?;
-        let rows_nud = match learned_n1d.dim(0)? {
-            6 => self.e0_6ud.broadcast_add(&learned_n1d)?,
-            _ => self.e_ud.unsqueeze(0)?.broadcast_add(&learned_n1d)?,
+    pub fn modulation(&self, exec: &Exec, learned_1nd: &Tensor) -> Result<Modulation<'_>> {
+        let learned_nd = learned_1nd.squeeze(0)?;
+        let n = learned_nd.dim(0)?;
+        let time_nud = match n {
+            6 => self.e0_6ud.clone(),
+            // The head has one vector of the timestep for both of its rows.
+            _ => Tensor::stack(&vec![&self.e_ud; n], 0)?,
         };
+        // A learned row is the same for all timesteps: time + learned · 1.
+        let rows_nud = exec.run::<GateResidual>(&GateResidualArgs {
+            x_bld: &time_nud,
+            y_bld: &self.ones_6ud.narrow(0, 0, n)?,
+            gate: &learned_nd,
+            out: DType::F32,
+        })?;
         Ok(Modulation { time: self, rows_nud })
     }
 

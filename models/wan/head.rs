@@ -25,7 +25,7 @@ impl Head<'_> {
     /// Tokens `[B, L, dim]` to the prediction `[B, C, F, H, W]` fp32. Backward needs `x` again, nothing else.
     pub fn forward(&self, grid: [usize; 3], x_bld: &Tensor, probe: &mut Probe) -> Result<Tensor> {
         let (exec, width) = (self.exec, self.width());
-        let mods = self.time.modulation(&self.w.modulation)?;
+        let mods = self.time.modulation(exec, &self.w.modulation)?;
         let vectors = [&mods.get(0)?, &mods.get(1)?];
         let h_bld = norm_modulate(exec, self.numerics, x_bld, vectors, self.arch.eps, width)?;
         let tokens_blo = self.w.linear.forward(&exec.with_compute(width), &h_bld, width)?.to_dtype(DType::F32)?;
@@ -39,7 +39,7 @@ impl Head<'_> {
         let args = UnpatchifyBackwardArgs { dx_bcfyx: dpred_bcfyx, patch: self.arch.patch };
         let dtokens_blo = exec.run::<UnpatchifyBackward>(&args)?;
         let dh_bld = self.w.linear.backward(&exec.with_compute(width), &dtokens_blo, width)?;
-        let scale = self.time.modulation(&self.w.modulation)?.get(1)?;
+        let scale = self.time.modulation(exec, &self.w.modulation)?.get(1)?;
         Ok(exec.run::<LayerNormModulateBackward>(&LayerNormModulateBackwardArgs {
             x_bld,
             scale: &scale,

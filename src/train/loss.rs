@@ -33,5 +33,6 @@ pub fn flow(exec: &Exec, batch: &Batch, pred: &Tensor, dloss: f64) -> Result<Los
     if skipped > 0 {
         dpred = dpred.pad_with_zeros(2, skipped, 0)?;
     }
-    Ok(Loss { mean: out.loss.to_scalar()?, per_sample: out.loss_b.to_vec1()?, dpred })
+    let (mean, per_sample) = out.read()?;
+    Ok(Loss { mean, per_sample, dpred })
 }

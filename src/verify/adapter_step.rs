@@ -114,12 +114,12 @@ impl Setting<'_> {
         let Network { params, grads } = network;
         let plan = SavePlan::uniform(SavePolicy::Recompute);
         let (pred, saved) = self.model.forward(exec, &inputs, params, self.blocks, &plan)?;
-        let loss = exec.run::<FlowLoss>(&FlowLossArgs { pred: &pred, latents, noise, weight_b: None })?.loss;
+        let loss = exec.run::<FlowLoss>(&FlowLossArgs { pred: &pred, latents, noise, weight_b: None })?;
         let backward = FlowLossBackwardArgs { pred: &pred, latents, noise, weight_b: None, dloss: 1.0 };
         let dpred = exec.run::<FlowLossBackward>(&backward)?;
         grads.clear()?;
         self.model.backward(exec, params, self.blocks, saved, &dpred, grads)?;
-        Ok(Step { pred, loss: f64::from(loss.to_scalar::<f32>()?) })
+        Ok(Step { pred, loss: f64::from(loss.read()?.0) })
     }
 }
 
