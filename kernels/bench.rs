@@ -9,8 +9,8 @@ use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardAr
 use crate::gpu::Gpu;
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
-    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs,
-    LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
+    eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
 };
 use crate::norm::{
     LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNormRope,
@@ -90,31 +90,32 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
         let (x, w, dy) =
             (random(gpu, &[1, l, i], compute)?, random(gpu, &[o, i], compute)?, random(gpu, &[1, l, o], compute)?);
         let (x, weight_oi, dy, bias, what) = (&x, &w, &dy, random(gpu, &[o], compute)?, format!(", {i} to {o}"));
-        let args = LinearArgs { x, weight_oi, bias_o: Some(&bias), out: compute };
+        let args = LinearArgs { x, weight_oi, bias_o: Some(&bias), base: None, out: compute };
         rows.push(time::<Linear>(exec, gpu, case(&what), &args, runs)?);
-        let args = LinearBackwardArgs { dy, weight_oi, out: compute };
+        let args = LinearBackwardArgs { dy, weight_oi, base: None, out: compute };
         rows.push(time::<LinearBackward>(exec, gpu, case(&what), &args, runs)?);
         if o.min(i) < 256 {
             rows.push(time::<LinearWeightGrad>(exec, gpu, case(&what), &LinearWeightGradArgs { x, dy }, runs)?);
-            let args = LinearAddArgs { x, weight_oi, base: dy.copy()?, out: compute };
-            rows.push(time::<LinearAdd>(exec, gpu, case(&what), &args, runs)?);
+            let args = LinearArgs { x, weight_oi, bias_o: None, base: Some(dy.copy()?), out: compute };
+            rows.push(time::<Linear>(exec, gpu, case(&format!("{what}, onto")), &args, runs)?);
         } else {
             let weight = fp8::Weight::quantize(weight_oi, fp8::Granularity::Block)?;
-            let args = LinearFp8Args { x, weight: &weight, bias_o: Some(&bias), out: compute };
+            let args = LinearFp8Args { x, weight: &weight, bias_o: Some(&bias), base: None, out: compute };
             rows.push(time::<LinearFp8>(exec, gpu, case(&what), &args, runs)?);
             if gpu.card().capability >= (8, 9) {
-                let args = LinearEightArgs { x, weight: &weight, bias_o: Some(&bias), out: compute };
+                let weight = eight::by_rows(&weight)?;
+                let args = LinearEightArgs { x, weight: &weight, bias_o: Some(&bias), base: None, out: compute };
                 rows.push(time::<LinearEight>(exec, gpu, case(&what), &args, runs)?);
-                let args = LinearEightBackwardArgs { dy, weight: &weight, out: compute };
+                let args = LinearEightBackwardArgs { dy, weight: &weight, base: None, out: compute };
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
             }
             let weight8 = int8::Weight::quantize(weight_oi)?;
             for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
                 gpu.use_portable(*portable);
                 let case = case(&format!("{what}{}", if *portable { ", mma.sync" } else { "" }));
-                let args = LinearInt8Args { x, weight: &weight8, bias_o: Some(&bias), out: compute };
+                let args = LinearInt8Args { x, weight: &weight8, bias_o: Some(&bias), base: None, out: compute };
                 rows.push(time::<LinearInt8>(exec, gpu, case.clone(), &args, runs)?);
-                let args = LinearInt8BackwardArgs { dy, weight: &weight8, out: compute };
+                let args = LinearInt8BackwardArgs { dy, weight: &weight8, base: None, out: compute };
                 rows.push(time::<LinearInt8Backward>(exec, gpu, case, &args, runs)?);
             }
             gpu.use_portable(false);

@@ -15,10 +15,9 @@ use crate::gelu::{ActivationArgs, GeluErf, GeluTanh, GeluTanhBackward, GeluTanhB
 use crate::gpu::Gpu;
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
-    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs,
-    LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8,
-    LinearFp8Args, LinearFp8Backward, LinearFp8BackwardAdd, LinearFp8BackwardAddArgs, LinearFp8BackwardArgs,
-    LinearStackBackward, LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
+    eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearStackBackward,
+    LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
 };
 use crate::norm::{
     LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
@@ -211,27 +210,26 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
         c.run("linear", &case, ALL, &|p| {
             let (x, dy) = (p.normal(1, &[1, t, i])?, p.normal(2, &[1, t, o])?);
             let (w, bias_o) = ((p.full(3, &[o, i])? * 0.1)?.to_dtype(p.rounded)?.to_dtype(p.held)?, p.normal(4, &[o])?);
-            let (x, dy, weight_oi, base) = (&x, &dy, &w, p.normal(5, &[1, t, o])?);
-            let run = |out| p.exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: Some(&bias_o), out });
-            let dx = p.exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi, out: p.held })?;
+            let (x, dy, weight_oi) = (&x, &dy, &w);
+            let run = |base, out| p.exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: Some(&bias_o), base, out });
+            let back = |base| p.exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi, base, out: p.held });
             let dw = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x, dy })?;
-            let add = p.exec.run::<LinearAdd>(&LinearAddArgs { x, weight_oi, base, out: p.held })?;
-            let base_i = p.normal(6, &[1, t, i])?;
-            let args = LinearBackwardAddArgs { dy, weight_oi, base: base_i, out: p.held };
-            let back_add = p.exec.run::<LinearBackwardAdd>(&args)?;
-            Ok(vec![run(p.held)?, run(DType::F32)?, dx, dw, add, back_add])
+            // One each: the sum may be written over it.
+            let base_o = || p.normal(5, &[1, t, o]).map(Some);
+            let (added_f32, added) = (run(base_o()?, DType::F32)?, run(base_o()?, p.held)?);
+            let back_added = back(Some(p.normal(6, &[1, t, i])?))?;
+            Ok(vec![run(None, p.held)?, run(None, DType::F32)?, back(None)?, dw, added_f32, added, back_added])
         })?;
     }
     c.run("linear_fp8", "[97, 320] x [256, 320]", HALVES, &|p| {
         let (x, dy, bias_o) = (p.normal(1, &[97, 320])?, p.normal(2, &[97, 256])?, p.normal(3, &[256])?);
         let dense = Philox::new(4, stream::INIT, 0, 0).normal(&[256, 320], &Device::Cpu)?.to_dtype(p.rounded)?;
         let weight = fp8::Weight::quantize(&dense, fp8::Granularity::Block)?.to_device(p.exec.device())?;
-        let args = LinearFp8Args { x: &x, weight: &weight, bias_o: Some(&bias_o), out: p.held };
-        let back = LinearFp8BackwardArgs { dy: &dy, weight: &weight, out: p.held };
-        let base = p.normal(5, &[97, 320])?;
-        let add = LinearFp8BackwardAddArgs { dy: &dy, weight: &weight, base, out: p.held };
-        let add = p.exec.run::<LinearFp8BackwardAdd>(&add)?;
-        Ok(vec![p.exec.run::<LinearFp8>(&args)?, p.exec.run::<LinearFp8Backward>(&back)?, add])
+        let (x, dy, weight, out) = (&x, &dy, &weight, p.held);
+        let run = |base| p.exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o: Some(&bias_o), base, out });
+        let back = |base| p.exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out });
+        let (base_o, base_i) = (p.normal(5, &[97, 256])?, p.normal(6, &[97, 320])?);
+        Ok(vec![run(None)?, back(None)?, run(Some(base_o))?, back(Some(base_i))?])
     })?;
     // Ranks that are filled up, columns that are read and written where they lie in a wider matrix.
     for (l, i, ranks) in [(1, 64, [16, 16, 16]), (97, 192, [42, 7, 42]), (1025, 320, [4, 48, 16])] {
@@ -244,7 +242,7 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
             let stack = Stack::new(&p.exec, &[(&downs[0], &ups[0]), (&downs[1], &ups[1]), (&downs[2], &ups[2])])?;
             let x = p.normal(7, &[1, l, i])?;
             let dys = [p.normal(8, &[1, l, 96])?, p.normal(9, &[1, l, 320])?, p.normal(10, &[1, l, 33])?];
-            let args = LinearArgs { x: &x, weight_oi: &stack.down_ri, bias_o: None, out: p.held };
+            let args = LinearArgs { x: &x, weight_oi: &stack.down_ri, bias_o: None, base: None, out: p.held };
             let h = p.exec.run::<Linear>(&args)?;
             let args = LinearStackBackwardArgs { dys: &dys.each_ref(), ups_or: &stack.ups_or };
             let dh = p.exec.run::<LinearStackBackward>(&args)?;
@@ -253,20 +251,16 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
             for (j, (at, r)) in stack.parts().enumerate() {
                 // What fills a rank up is not compared.
                 let rank = ranks[j];
-                let (h_blr, base) = (h.narrow(2, at, r)?, p.normal(11, dys[j].dims())?);
-                let args = LinearAddArgs { x: &h_blr, weight_oi: &stack.ups_or[j], base, out: p.held };
-                results.push(p.exec.run::<LinearAdd>(&args)?);
+                let h_blr = h.narrow(2, at, r)?;
+                let args = LinearArgs { x: &h_blr, weight_oi: &stack.ups_or[j], bias_o: None, base: None, out: p.held };
+                results.push(p.exec.run::<Linear>(&args)?);
                 let dup = p.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: &h_blr, dy: &dys[j] })?;
                 results.extend([h.narrow(2, at, rank)?, dh.narrow(2, at, rank)?]);
                 results.extend([ddown.narrow(0, at, rank)?, dup.narrow(1, 0, rank)?]);
             }
-            let args = LinearBackwardAddArgs {
-                dy: &dh,
-                weight_oi: &stack.down_ri,
-                base: p.normal(12, &[1, l, i])?,
-                out: p.held,
-            };
-            results.push(p.exec.run::<LinearBackwardAdd>(&args)?);
+            let base = Some(p.normal(12, &[1, l, i])?);
+            let args = LinearBackwardArgs { dy: &dh, weight_oi: &stack.down_ri, base, out: p.held };
+            results.push(p.exec.run::<LinearBackward>(&args)?);
             Ok(results)
         })?;
     }
@@ -388,13 +382,17 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
             rows.push(bits("int8_quantize codes", &case, on_card.codes_oi(), weight.codes_oi())?);
             rows.push(bits("int8_quantize scales", &case, on_card.scales_2o(), weight.scales_2o())?);
             let (x, dy, bias) = (normal(1, &[l, i], dtype)?, normal(2, &[l, o], dtype)?, normal(3, &[o], dtype)?);
-            let run = |exec: &Exec, weight: &int8::Weight, out| -> Result<[Tensor; 2]> {
-                let device = exec.device();
-                let (x, dy, bias) = (x.to_device(device)?, dy.to_device(device)?, bias.to_device(device)?);
-                Ok([
-                    exec.run::<LinearInt8>(&LinearInt8Args { x: &x, weight, bias_o: Some(&bias), out })?,
-                    exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy: &dy, weight, out })?,
-                ])
+            let bases = [normal(5, &[l, o], dtype)?, normal(6, &[l, i], dtype)?];
+            let run = |exec: &Exec, weight: &int8::Weight, out| -> Result<[Tensor; 4]> {
+                let on = |t: &Tensor| t.to_device(exec.device());
+                let (x, dy, bias) = (&on(&x)?, &on(&dy)?, &on(&bias)?);
+                // A copy: the sum is written over it.
+                let bases = [on(&bases[0].copy()?)?, on(&bases[1].copy()?)?].map(Some);
+                let forward =
+                    |base| exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o: Some(bias), base, out });
+                let backward = |base| exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, base, out });
+                let [base_o, base_i] = bases;
+                Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
             };
             let want = run(&Exec::cpu(), &weight, DType::F32)?;
             for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
@@ -406,7 +404,7 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                     DType::F16 => 2.5e-4,
                     _ => 1e-6,
                 };
-                for (op, (got, want)) in ["linear_int8", "linear_int8_backward"].iter().zip(got?.iter().zip(&want)) {
+                for (op, (got, want)) in INT8.iter().zip(got?.iter().zip(&want)) {
                     let error = distance(&values(got)?, &values(want)?);
                     let case = format!("{case}{}", if *portable { ", mma.sync" } else { "" });
                     rows.push(Row { op: op.to_string(), case, error, naive, right: error < 2.0 * naive });
@@ -416,6 +414,10 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
     }
     Ok(())
 }
+
+/// What is checked of each: without and with an addition.
+const INT8: [&str; 4] = ["linear_int8", "linear_int8_backward", "linear_int8, onto", "linear_int8_backward, onto"];
+const EIGHT: [&str; 4] = ["linear_eight", "linear_eight_backward", "linear_eight, onto", "linear_eight_backward, onto"];
 
 /// 8-bit products against the definition, which rounds to the same codes: only sums and the last rounding differ. fp8
 /// tensor cores keep 14 bits of a sum.
@@ -428,17 +430,22 @@ fn eight(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
         for granularity in [fp8::Granularity::Block, fp8::Granularity::Channel, fp8::Granularity::Tensor] {
             let (x, dy, bias) = (normal(1, &[l, i])?, normal(2, &[l, o])?, normal(3, &[o])?);
             let weight = fp8::Weight::quantize(&(normal(4, &[o, i])? * 0.02)?, granularity)?;
-            let run = |exec: &Exec, out| -> Result<[Tensor; 2]> {
-                let device = exec.device();
-                let (x, dy, bias) = (x.to_device(device)?, dy.to_device(device)?, bias.to_device(device)?);
-                let weight = &weight.to_device(device)?;
-                Ok([
-                    exec.run::<LinearEight>(&LinearEightArgs { x: &x, weight, bias_o: Some(&bias), out })?,
-                    exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, weight, out })?,
-                ])
+            let bases = [normal(5, &[l, o])?, normal(6, &[l, i])?];
+            let run = |exec: &Exec, out| -> Result<[Tensor; 4]> {
+                let on = |t: &Tensor| t.to_device(exec.device());
+                let weight = &eight::by_rows(&weight.to_device(exec.device())?)?;
+                let (x, dy, bias) = (&on(&x)?, &on(&dy)?, &on(&bias)?);
+                // A copy: the sum is written over it.
+                let bases = [on(&bases[0].copy()?)?, on(&bases[1].copy()?)?].map(Some);
+                let forward =
+                    |base| exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o: Some(bias), base, out });
+                let backward =
+                    |base| exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out });
+                let [base_o, base_i] = bases;
+                Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
             };
             let (got, want) = (run(exec, DType::BF16)?, run(&Exec::cpu(), DType::F32)?);
-            for (op, (got, want)) in ["linear_eight", "linear_eight_backward"].iter().zip(got.iter().zip(&want)) {
+            for (op, (got, want)) in EIGHT.iter().zip(got.iter().zip(&want)) {
                 let error = distance(&values(got)?, &values(want)?);
                 let case = format!("[{l}, {i}] x [{o}, {i}], {granularity:?}");
                 rows.push(Row { op: op.to_string(), case, error, naive: 2e-3, right: error < 4e-3 });

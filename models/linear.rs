@@ -6,13 +6,12 @@ use wan_kernels::fp8;
 use wan_kernels::gate_residual::{Residual, ResidualArgs};
 use wan_kernels::int8::{self, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use wan_kernels::linear::{
-    Linear, LinearArgs, LinearBackward, LinearBackwardAdd, LinearBackwardAddArgs, LinearBackwardArgs, LinearEight,
-    LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward,
-    LinearFp8BackwardAdd, LinearFp8BackwardAddArgs, LinearFp8BackwardArgs,
+    eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs,
 };
 use wan_kernels::Exec;
 
-use crate::adapter::Active;
+use crate::adapter::{Active, Dx};
 use crate::wan::GradSink;
 use crate::{Error, Result};
 
@@ -24,7 +23,7 @@ pub enum Weight {
     /// A matrix of e4m3fn codes with scales by block, row or tensor; the value is code x scale rounded to the scale's
     /// dtype.
     Fp8(fp8::Weight),
-    /// The same, multiplied with on 8-bit tensor cores (`--fp8_fast`).
+    /// Codes with an fp32 scale an output, multiplied with on 8-bit tensor cores (`--fp8_fast`).
     Fp8Fast(fp8::Weight),
     /// Rotated int8 codes, multiplied with as they are (`--int8_fast`).
     Int8(int8::Weight),
@@ -63,11 +62,11 @@ impl Weight {
         }
     }
 
-    /// The weight of a block's linear as `products` need it. What they cannot take (no fp8 codes; for int8, sizes that are
-    /// not in blocks of 64) stays as it is.
+    /// The weight of a block's linear as `products` need it. What they cannot take (no fp8 codes; sizes that are not in
+    /// multiples of 16, for int8 of 64) stays as it is.
     pub fn for_products(self, products: Products) -> Result<Self> {
         Ok(match (products, self) {
-            (Products::Fp8, Weight::Fp8(w)) => Weight::Fp8Fast(w),
+            (Products::Fp8, Weight::Fp8(w)) if eight::takes(w.shape()) => Weight::Fp8Fast(eight::by_rows(&w)?),
             (Products::Int8, Weight::Fp8(w)) if int8::takes(w.shape()) => {
                 Weight::Int8(int8::Weight::quantize(&w.dequantize()?)?)
             }
@@ -136,37 +135,28 @@ impl Frozen {
         self.weight.dims()[1]
     }
 
-    /// `x` `[.., i]` -> `[.., o]` in `out`: the base alone.
-    pub fn forward(&self, exec: &Exec, x: &Tensor, out: DType) -> Result<Tensor> {
+    /// `x` `[.., i]` -> `x Wᵀ + b + base` `[.., o]` in `out`. The result may be written over `base`.
+    pub fn forward(&self, exec: &Exec, x: &Tensor, base: Option<Tensor>, out: DType) -> Result<Tensor> {
         let bias_o = self.bias.as_ref();
         Ok(match &self.weight {
-            Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, out })?,
-            Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, out })?,
-            Weight::Fp8Fast(weight) => exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, out })?,
-            Weight::Int8(weight) => exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o, out })?,
+            Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, base, out })?,
+            Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out })?,
+            Weight::Fp8Fast(weight) => exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, base, out })?,
+            Weight::Int8(weight) => exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o, base, out })?,
         })
     }
 
-    /// `dy` `[.., o]` -> `dx` `[.., i]` in `out`.
-    pub fn backward(&self, exec: &Exec, dy: &Tensor, out: DType) -> Result<Tensor> {
+    /// `dy` `[.., o]` -> `dx = dy W + base` `[.., i]` in `out`. The result may be written over `base`.
+    pub fn backward(&self, exec: &Exec, dy: &Tensor, base: Option<Tensor>, out: DType) -> Result<Tensor> {
         Ok(match &self.weight {
-            Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, out })?,
-            Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, out })?,
-            Weight::Fp8Fast(weight) => exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, out })?,
-            Weight::Int8(weight) => exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, out })?,
-        })
-    }
-
-    /// `base + dy W`; `base` is like `dx` and may be written over.
-    pub fn backward_add(&self, exec: &Exec, dy: &Tensor, base: Tensor, out: DType) -> Result<Tensor> {
-        Ok(match &self.weight {
-            Weight::Dense(w) => {
-                exec.run::<LinearBackwardAdd>(&LinearBackwardAddArgs { dy, weight_oi: w, base, out })?
+            Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, base, out })?,
+            Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out })?,
+            Weight::Fp8Fast(weight) => {
+                exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out })?
             }
-            Weight::Fp8(weight) => {
-                exec.run::<LinearFp8BackwardAdd>(&LinearFp8BackwardAddArgs { dy, weight, base, out })?
+            Weight::Int8(weight) => {
+                exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, base, out })?
             }
-            Weight::Fp8Fast(_) | Weight::Int8(_) => add(exec, &base, &self.backward(exec, dy, out)?)?,
         })
     }
 }
@@ -195,30 +185,34 @@ impl Site<'_> {
         self.adapter.as_ref().map(Active::site).ok_or_else(missing)
     }
 
-    /// `y = x Wᵀ + b + Δy`, all in the compute dtype.
+    /// `y = x Wᵀ + b + Δy`, all in the compute dtype. The adapter's share comes first: it is a narrow product that only
+    /// writes, and the base's product reads it where it writes its own sums.
     pub fn forward(&self, x_bli: &Tensor) -> Result<LinearOut> {
-        let y = self.frozen.forward(self.exec, x_bli, self.exec.compute())?;
-        match &self.adapter {
-            None => Ok(LinearOut { y, h: None }),
+        let (delta, h) = match &self.adapter {
+            None => (None, None),
             Some(adapter) => {
-                let (y, h) = adapter.forward(self.exec, x_bli, y)?;
-                Ok(LinearOut { y, h })
+                let (delta, h) = adapter.forward(self.exec, x_bli)?;
+                (Some(delta), h)
             }
-        }
+        };
+        Ok(LinearOut { y: self.frozen.forward(self.exec, x_bli, delta, self.exec.compute())?, h })
     }
 
-    /// `dx` (`=`); the adapter's gradients go to the sink (`+=` there). `h` may be missing: it is then computed again.
+    /// `dx + base` (`=`); the adapter's gradients go to the sink (`+=` there). `h` may be missing: it is then computed
+    /// again.
     pub fn backward(
         &self,
         x_bli: &Tensor,
         h: Option<&Tensor>,
         dy_blo: &Tensor,
+        base: Option<Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
-        let dx_bli = self.frozen.backward(self.exec, dy_blo, self.exec.compute())?;
-        let Some(adapter) = &self.adapter else { return Ok(dx_bli) };
-        let both = adapter.backward(self.exec, x_bli, h, dy_blo, Some(dx_bli), sink)?;
-        both.ok_or_else(|| Error::Invalid { model: "linear", what: "an adapter lost the gradient of its input".into() })
+        let share = match &self.adapter {
+            None => base,
+            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, Dx::Onto(base), sink)?,
+        };
+        self.frozen.backward(self.exec, dy_blo, share, self.exec.compute())
     }
 
     /// The adapter's gradients alone, where nothing below the input is trained.
@@ -230,7 +224,7 @@ impl Site<'_> {
         sink: &mut dyn GradSink,
     ) -> Result<()> {
         if let Some(adapter) = &self.adapter {
-            adapter.backward(self.exec, x_bli, h, dy_blo, None, sink)?;
+            adapter.backward(self.exec, x_bli, h, dy_blo, Dx::Unwanted, sink)?;
         }
         Ok(())
     }

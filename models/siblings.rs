@@ -3,12 +3,12 @@
 
 use candle_core::Tensor;
 use wan_kernels::linear::{
-    Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearBackwardAdd, LinearBackwardAddArgs, LinearStackBackward,
-    LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
+    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearStackBackward, LinearStackBackwardArgs,
+    LinearWeightGrad, LinearWeightGradArgs, Stack,
 };
 
 use crate::adapter::Lora;
-use crate::linear::{add, Site};
+use crate::linear::Site;
 use crate::wan::GradSink;
 use crate::{Error, Result};
 
@@ -55,13 +55,13 @@ impl<const N: usize> Siblings<'_, N> {
             return Ok(SiblingsOut { ys: outs.map(|out| out.y), low });
         };
         let (exec, out) = (self.sites[0].exec, self.sites[0].exec.compute());
-        let args = LinearArgs { x: x_bli, weight_oi: &stack.down_ri, bias_o: None, out };
+        let args = LinearArgs { x: x_bli, weight_oi: &stack.down_ri, bias_o: None, base: None, out };
         // With alpha = rank, as in the templates, there is nothing to scale.
         let h_blr = exec.scaled(exec.run::<Linear>(&args)?, loras[0].scale)?;
         let ys = each(self.sites.iter().zip(&stack.ups_or).zip(stack.parts()).map(|((site, up_or), (at, r))| {
-            let base = site.frozen.forward(exec, x_bli, out)?;
-            let args = LinearAddArgs { x: &h_blr.narrow(2, at, r)?, weight_oi: up_or, base, out };
-            Ok(exec.run::<LinearAdd>(&args)?)
+            let args = LinearArgs { x: &h_blr.narrow(2, at, r)?, weight_oi: up_or, bias_o: None, base: None, out };
+            let delta = exec.run::<Linear>(&args)?;
+            site.frozen.forward(exec, x_bli, Some(delta), out)
         }))?;
         Ok(SiblingsOut { ys, low: Low::Stacked(h_blr) })
     }
@@ -98,15 +98,12 @@ impl<const N: usize> Siblings<'_, N> {
         if !need_dx {
             return Ok(None);
         }
-        let mut dx_bli: Option<Tensor> = None;
+        let args = LinearBackwardArgs { dy: &dh_blr, weight_oi: &stack.down_ri, base: None, out };
+        let mut dx_bli = exec.run::<LinearBackward>(&args)?;
         for (site, dy_blo) in self.sites.iter().zip(dys_blo) {
-            dx_bli = Some(match dx_bli {
-                None => site.frozen.backward(exec, &dy_blo, out)?,
-                Some(sum) => site.frozen.backward_add(exec, &dy_blo, sum, out)?,
-            });
+            dx_bli = site.frozen.backward(exec, &dy_blo, Some(dx_bli), out)?;
         }
-        let args = |base| LinearBackwardAddArgs { dy: &dh_blr, weight_oi: &stack.down_ri, base, out };
-        dx_bli.map(|base| Ok(exec.run::<LinearBackwardAdd>(&args(base))?)).transpose()
+        Ok(Some(dx_bli))
     }
 
     fn backward_each(
@@ -123,11 +120,7 @@ impl<const N: usize> Siblings<'_, N> {
                 site.backward_params(x_bli, h.as_ref(), &dy_blo, sink)?;
                 continue;
             }
-            let share = site.backward(x_bli, h.as_ref(), &dy_blo, sink)?;
-            dx_bli = Some(match dx_bli {
-                Some(sum) => add(site.exec, &sum, &share)?,
-                None => share,
-            });
+            dx_bli = Some(site.backward(x_bli, h.as_ref(), &dy_blo, dx_bli, sink)?);
         }
         Ok(dx_bli)
     }

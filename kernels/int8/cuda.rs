@@ -46,7 +46,8 @@ pub(super) fn forward(gpu: &Gpu, op: &'static str, a: &LinearInt8Args<'_>) -> Re
     let [outer, inner] = scales(op, a.weight)?;
     let bias = a.bias_o.map(|bias| View::new(op, bias)).transpose()?;
     let rows = Rows::new(gpu, op, a.x, [0, 0])?;
-    rows.times(gpu, op, &Right { codes: codes.address, columns: o, inner, outer, bias: bias.as_ref() }, a.x, i, a.out)
+    let right = Right { codes: codes.address, columns: o, inner, outer, bias: bias.as_ref(), base: a.base.as_ref() };
+    rows.times(gpu, op, &right, a.x, i, a.out)
 }
 
 pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'_>) -> Result<Tensor> {
@@ -57,7 +58,8 @@ pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'
     let args = [Arg::ptr(codes.address), Arg::ptr(across), Arg::i32(o), Arg::i32(i)];
     gpu.launch(FILE, "int8_transpose", Launch::blocks((i / BLOCK, o / BLOCK, 1), 256), &args)?;
     let rows = Rows::new(gpu, op, a.dy, scales(op, a.weight)?)?;
-    rows.times(gpu, op, &Right { codes: across, columns: i, inner: 0, outer: 0, bias: None }, a.dy, o, a.out)
+    let right = Right { codes: across, columns: i, inner: 0, outer: 0, bias: None, base: a.base.as_ref() };
+    rows.times(gpu, op, &right, a.dy, o, a.out)
 }
 
 /// Addresses of `outer` and `inner`.
@@ -79,6 +81,7 @@ struct Right<'a> {
     inner: u64,
     outer: u64,
     bias: Option<&'a View>,
+    base: Option<&'a Tensor>,
 }
 
 impl Rows {
@@ -116,7 +119,12 @@ impl Rows {
         let (rows, columns) = (self.scales.elem_count(), right.columns);
         let mut shape = like.dims().to_vec();
         shape[like.rank() - 1] = columns;
-        let y = gpu.empty(shape, out)?;
+        // Each element of the base is read by the thread that writes its sum.
+        let y = match right.base {
+            Some(base) if base.dtype() == out && View::direct(op, base)? => base.clone(),
+            _ => gpu.empty(shape, out)?,
+        };
+        let base = right.base.map(|base| View::new(op, base)).transpose()?;
         let (codes, scales) = (View::new(op, &self.codes)?.address, View::new(op, &self.scales)?.address);
         let y_view = View::new(op, &y)?;
         let factors = |first: usize| Arg::longs(&[scales + 4 * first as u64, right.inner, right.outer]);
@@ -125,6 +133,7 @@ impl Rows {
                 Arg::longs(&[codes, right.codes]),
                 factors(0),
                 Arg::optional(right.bias),
+                Arg::optional(base.as_ref()),
                 Arg::tensor(&y_view),
                 Arg::i32(rows),
                 Arg::i32(columns),
@@ -144,12 +153,13 @@ impl Rows {
             let left = codes + (first * inner) as u64;
             let padded = rows.next_multiple_of(SIXTEEN);
             gpu.blas().run_int8(&Int8 { rows: padded, columns, inner, left, right: right.codes, out: sums })?;
-            let to = y_view.address + (first * columns * out.size_in_bytes()) as u64;
+            let at = |dtype: DType| (first * columns * dtype.size_in_bytes()) as u64;
             let args = [
                 Arg::ptr(sums),
                 factors(first),
                 Arg::optional(right.bias),
-                y_view.moved(to),
+                base.as_ref().map_or(Arg::optional(None), |base| base.moved(base.address + at(base.dtype))),
+                y_view.moved(y_view.address + at(out)),
                 Arg::i32(columns),
                 Arg::i64(rows * columns),
             ];

@@ -8,28 +8,30 @@ use super::cuda;
 use super::{rotate_row, rounded, scale_of, Weight};
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
-use crate::linear::{check_backward, check_forward, cost};
+use crate::linear::{check_backward, check_forward, cost, finished};
 use crate::{num, Cost, Op, Result};
 
-/// `y = x·Wᵀ + bias` by int8 products.
+/// `y = x·Wᵀ + bias + base` by int8 products.
 pub struct LinearInt8;
 
-/// `x` [.., i], `weight` [o, i], `bias_o` [o]; the result is [.., o].
+/// `x` [.., i], `weight` [o, i], `bias_o` [o], `base` [.., o], see [`crate::linear`]; the result is [.., o].
 pub struct LinearInt8Args<'a> {
     pub x: &'a Tensor,
     pub weight: &'a Weight,
     pub bias_o: Option<&'a Tensor>,
+    pub base: Option<Tensor>,
     /// Dtype of the result.
     pub out: DType,
 }
 
-/// `dx = dy·W` by int8 products.
+/// `dx = dy·W + base` by int8 products.
 pub struct LinearInt8Backward;
 
-/// `dy` [.., o], `weight` [o, i]; the result is [.., i].
+/// `dy` [.., o], `weight` [o, i], `base` [.., i]; the result is [.., i].
 pub struct LinearInt8BackwardArgs<'a> {
     pub dy: &'a Tensor,
     pub weight: &'a Weight,
+    pub base: Option<Tensor>,
     /// Dtype of `dx`.
     pub out: DType,
 }
@@ -40,11 +42,11 @@ impl Op for LinearInt8 {
     const NAME: &'static str = "linear_int8";
 
     fn check(a: &LinearInt8Args<'_>) -> Result<()> {
-        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.out)
+        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearInt8Args<'_>) -> Cost {
-        cost(a.x, a.weight.shape()[0], a.weight.bytes(), a.out)
+        cost(a.x, a.weight.shape()[0], a.weight.bytes(), a.base.as_ref(), a.out)
     }
 
     /// The codes are a card's; only the order of sums past 2^24 differs, and these are exact there.
@@ -53,19 +55,13 @@ impl Op for LinearInt8 {
         let (codes, outer, inner) = a.weight.parts()?;
         let (x, scales) = rounded_rows(a.x, i, None)?;
         let codes_oi = Tensor::from_vec(codes, (o, i), &Device::Cpu)?;
-        let bias =
-            a.bias_o.map(|b| num::f32(&b.to_device(&Device::Cpu)?)?.to_vec1::<f32>().map_err(crate::Error::from));
-        let bias = bias.transpose()?;
         let mut y = num::matmul(&x, &codes_oi.t()?, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         y.par_chunks_mut(o).zip(&scales).for_each(|(row, scale)| {
             row.iter_mut().zip(&inner).for_each(|(v, inner)| *v = *v * scale * inner);
             rotate_row(row);
             row.iter_mut().zip(&outer).for_each(|(v, outer)| *v *= outer);
-            if let Some(bias) = &bias {
-                row.iter_mut().zip(bias).for_each(|(v, bias)| *v += bias);
-            }
         });
-        shaped(y, a.x, o, a.out)
+        shaped(y, a.x, o, [a.bias_o, a.base.as_ref()], a.out)
     }
 
     #[cfg(feature = "cuda")]
@@ -80,11 +76,11 @@ impl Op for LinearInt8Backward {
     const NAME: &'static str = "linear_int8_backward";
 
     fn check(a: &LinearInt8BackwardArgs<'_>) -> Result<()> {
-        check_backward(Self::NAME, a.dy, a.weight.shape()[0], a.out)
+        check_backward(Self::NAME, a.dy, a.weight.shape(), a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearInt8BackwardArgs<'_>) -> Cost {
-        cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.out)
+        cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.base.as_ref(), a.out)
     }
 
     fn reference(a: &LinearInt8BackwardArgs<'_>, _compute: DType) -> Result<Tensor> {
@@ -97,7 +93,7 @@ impl Op for LinearInt8Backward {
             row.iter_mut().for_each(|v| *v *= scale);
             rotate_row(row);
         });
-        shaped(dx, a.dy, i, a.out)
+        shaped(dx, a.dy, i, [None, a.base.as_ref()], a.out)
     }
 
     #[cfg(feature = "cuda")]
@@ -125,8 +121,7 @@ fn rounded_rows(t: &Tensor, width: usize, factors: Option<(&[f32], &[f32])>) -> 
     Ok((Tensor::from_vec(values, (scales.len(), width), &Device::Cpu)?, scales))
 }
 
-fn shaped(values: Vec<f32>, like: &Tensor, columns: usize, out: DType) -> Result<Tensor> {
-    let mut shape = like.dims().to_vec();
-    shape[like.rank() - 1] = columns;
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(out)?.to_device(like.device())?)
+fn shaped(values: Vec<f32>, like: &Tensor, columns: usize, added: [Option<&Tensor>; 2], out: DType) -> Result<Tensor> {
+    let y = Tensor::from_vec(values, ((), columns), &Device::Cpu)?.to_device(like.device())?;
+    finished(y, like, added, out)
 }

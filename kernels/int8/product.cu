@@ -2,7 +2,7 @@
 //
 //   v = sum * row_scale[l] * inner[n]         scales of both operands' rows
 //   v = v rotated over blocks of 64 columns    undoes the rotation of the weight's other axis
-//   y = v * outer[n] + bias[n]
+//   y = v * outer[n] + bias[n] + base[m, n]
 //
 // mma.sync m16n8k32 runs on every card from sm_80 on. A block of 8 warps makes 128 x 256 of y, a warp 64 x 64: that is
 // as much as registers hold, and keeps shared memory well below what tensor cores ask for. Four stages of 64 bytes of k,
@@ -41,10 +41,10 @@ struct Scales {
 // `m` rows of any number; `n` and `k` multiples of 64. `inner` and `outer` may be null. One axis of blocks: bands of 8
 // tiles of rows, so that blocks that run together share what they read in L2.
 extern "C" __global__ void __launch_bounds__(256, 1)
-    int8_product(wan::Codes codes, wan::Scales scales, wan::In bias, wan::Out y, int m, int n, int k) {
+    int8_product(wan::Codes codes, wan::Scales scales, wan::In bias, wan::In base, wan::Out y, int m, int n, int k) {
   using namespace wan;
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t base = smem_address(memory);
+  const uint32_t shared_at = smem_address(memory);
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 64;
 
   constexpr int kBand = 8;
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   const int copy_row = threadIdx.x / 4, copy_chunk = threadIdx.x % 4;
   const uint8_t *a = codes.a + static_cast<long>(m0 + copy_row) * k + copy_chunk * 16;
   const uint8_t *b = codes.b + static_cast<long>(n0 + copy_row) * k + copy_chunk * 16;
-  const uint32_t copy_to = base + place(copy_row, copy_chunk); // rows 64 apart have the same swizzle
+  const uint32_t copy_to = shared_at + place(copy_row, copy_chunk); // rows 64 apart have the same swizzle
   auto load = [&](int step) {
     const uint32_t to = copy_to + step % kStages * kStageBytes;
     const long at = static_cast<long>(step) * kDepth;
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   // j / 4 * 32 + r / 2 * 8 + j % 4 * 2 + r % 2 of the 64: a thread then holds eight neighbours.
   const int a_row = warp_m + (lane & 15), a_chunk = lane >> 4;
   const int b_row = warp_n + (lane & 7) / 2 * 8 + (lane & 1) + (lane >> 4) * 2, b_chunk = lane >> 3 & 1;
-  const uint32_t a_at[2] = {base + place(a_row, a_chunk), base + place(a_row, a_chunk ^ 2)};
-  const uint32_t b_first = base + kRowsOf * kDepth;
+  const uint32_t a_at[2] = {shared_at + place(a_row, a_chunk), shared_at + place(a_row, a_chunk ^ 2)};
+  const uint32_t b_first = shared_at + kRowsOf * kDepth;
   const uint32_t b_at[2] = {b_first + place(b_row, b_chunk), b_first + place(b_row, b_chunk ^ 2)};
   int sum[4][8][4] = {};
   uint32_t left[2][4][4], right[2][4][4];
@@ -172,15 +172,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         for (int c = 0; c < 8; ++c) v[r][h][c] = __fadd_rn(v[r][h][c], factor[c]);
     }
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
-      if (row0 + r * 8 < m) store8(y, static_cast<long>(row0 + r * 8) * n + column + h * 32, v[r][h]);
+    for (int r = 0; r < 8; ++r) {
+      if (row0 + r * 8 >= m) continue;
+      const long at = static_cast<long>(row0 + r * 8) * n + column + h * 32;
+      if (base.data) {
+        load8(base, at, factor);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) v[r][h][c] = __fadd_rn(v[r][h][c], factor[c]);
+      }
+      store8(y, at, v[r][h]);
+    }
   }
 }
 
 // The same from sums in memory, `m` rows of `n`: for cards whose library multiplies int8 faster than mma.sync does. Eight
 // values a thread.
 extern "C" __global__ void __launch_bounds__(256)
-    int8_finish(const int *sums, wan::Scales scales, wan::In bias, wan::Out y, int n, long count) {
+    int8_finish(const int *sums, wan::Scales scales, wan::In bias, wan::In base, wan::Out y, int n, long count) {
   using namespace wan;
   const long at = (static_cast<long>(blockIdx.x) * 256 + threadIdx.x) * 8;
   const bool inside = at < count; // all of 64 columns or none
@@ -213,5 +221,11 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int c = 0; c < 8; ++c) v[c] = __fadd_rn(v[c], factor[c]);
   }
-  if (inside) store8(y, at, v);
+  if (!inside) return;
+  if (base.data) {
+    load8(base, at, factor);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) v[c] = __fadd_rn(v[c], factor[c]);
+  }
+  store8(y, at, v);
 }

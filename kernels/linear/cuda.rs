@@ -7,6 +7,8 @@ use crate::common::blas::{Eight, Matrix, Product};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::{fp8, Result};
 
+const EIGHT: &str = "linear/eight";
+
 /// The right-hand side of a product.
 pub(super) enum Weight<'a> {
     Dense(&'a Tensor),
@@ -35,11 +37,7 @@ pub(super) fn times(gpu: &Gpu, t: &Times<'_>, compute: DType) -> Result<Tensor> 
     let (inner, columns) = if t.transposed { (i, o) } else { (o, i) };
     let mut shape = t.left.dims().to_vec();
     shape[t.left.rank() - 1] = columns;
-    // Each element is read once, by the thread that writes it.
-    let y = match t.add {
-        Some(add) if add.dtype() == result && t.out == result && View::direct(t.op, add)? => add.clone(),
-        _ => gpu.empty(shape, result)?,
-    };
+    let y = output(gpu, t.op, shape, t.add, result, t.out)?;
     let (left, stride) = View::rows(t.op, &cast(gpu, t.op, t.left, compute)?)?;
     let (weight, address) = match t.weight_oi {
         Weight::Dense(w) => {
@@ -155,41 +153,49 @@ pub(super) fn stack_backward(
     Ok(dh)
 }
 
-/// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`.
+/// [`super::eight::by_rows`].
+pub(super) fn by_rows(gpu: &Gpu, weight: &fp8::Weight) -> Result<fp8::Weight> {
+    const NAME: &str = "eight_by_rows";
+    let [o, i] = weight.shape();
+    let (codes, scale) = (View::new(NAME, weight.codes_oi())?, View::new(NAME, weight.scale())?);
+    let group = o * i / weight.scale().elem_count();
+    let (made, rows) = (gpu.empty((o, i), DType::U8)?, gpu.empty((o, 1), DType::F32)?);
+    let (to, by) = (View::new(NAME, &made)?.address, View::new(NAME, &rows)?.address);
+    // A single scale is every row's.
+    let (per_row, step) = if group == o * i { (1, 0) } else { (i / group, i / group) };
+    let args = [Arg::tensor(&scale), Arg::ptr(by), Arg::i32(o), Arg::i32(per_row), Arg::i32(step)];
+    gpu.launch(EIGHT, "eight_weight_scales", Launch::blocks((o.div_ceil(8), 1, 1), 256), &args)?;
+    let (from, n) = (Arg::ptr(codes.address), Arg::i64(o * i));
+    let args = [from, Arg::tensor(&scale), Arg::ptr(by), Arg::ptr(to), Arg::i32(i), Arg::i32(group), n];
+    gpu.launch(EIGHT, "eight_weight", Launch::over(o * i, 16), &args)?;
+    fp8::Weight::new(made, rows)
+}
+
+/// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`; then bias and base.
 pub(super) fn eight(
     gpu: &Gpu,
     op: &'static str,
     left: &Tensor,
     weight: &fp8::Weight,
     transposed: bool,
-    bias: Option<&Tensor>,
+    [bias, base]: [Option<&Tensor>; 2],
     (compute, out): (DType, DType),
 ) -> Result<Tensor> {
-    const FILE: &str = "linear/eight";
     let [o, i] = weight.shape();
     let (inner, columns) = if transposed { (i, o) } else { (o, i) };
     let rows = left.elem_count() / inner;
-    let (codes, scale) = (View::new(op, weight.codes_oi())?, View::new(op, weight.scale())?);
-    let group = o * i / weight.scale().elem_count();
-
-    let weight_scales = gpu.empty(o, DType::F32)?;
-    let scale_o = View::new(op, &weight_scales)?.address;
-    // A single scale is every row's.
-    let (per_row, step) = if group == o * i { (1, 0) } else { (i / group, i / group) };
-    let args = [Arg::tensor(&scale), Arg::ptr(scale_o), Arg::i32(o), Arg::i32(per_row), Arg::i32(step)];
-    gpu.launch(FILE, "eight_weight_scales", Launch::blocks((o.div_ceil(8), 1, 1), 256), &args)?;
-
-    let right = gpu.scratch("weight", o * i)?;
-    let (to, by) = (Arg::ptr(right), Arg::ptr(scale_o));
-    if transposed {
-        let args =
-            [Arg::ptr(codes.address), Arg::tensor(&scale), by, to, Arg::i32(i), Arg::i32(group), Arg::i64(o * i)];
-        gpu.launch(FILE, "eight_weight", Launch::over(o * i, 16), &args)?;
-    } else {
-        let args = [Arg::ptr(codes.address), Arg::tensor(&scale), by, to, Arg::i32(o), Arg::i32(i), Arg::i32(group)];
-        let grid = Launch::blocks((i.div_ceil(64), o.div_ceil(64), 1), 256);
-        gpu.launch(FILE, "eight_weight_transposed", grid, &args)?;
-    }
+    let codes = View::new(op, weight.codes_oi())?;
+    let scale_o = View::new(op, weight.scale())?.address;
+    let right = match transposed {
+        true => codes.address,
+        false => {
+            let across = gpu.scratch("weight", o * i)?;
+            let args = [Arg::ptr(codes.address), Arg::ptr(across), Arg::i32(o), Arg::i32(i)];
+            let grid = Launch::blocks((i.div_ceil(64), o.div_ceil(64), 1), 256);
+            gpu.launch(EIGHT, "eight_transposed", grid, &args)?;
+            across
+        }
+    };
 
     let (left_codes, left_scales) = (gpu.empty((rows, inner), DType::U8)?, gpu.empty(rows, DType::F32)?);
     let (left_codes, left_scales) = (View::new(op, &left_codes)?, View::new(op, &left_scales)?);
@@ -203,14 +209,15 @@ pub(super) fn eight(
         Arg::i32(inner),
     ];
     let (trips, threads) = row_launch(inner);
-    gpu.launch(FILE, &format!("eight_rows_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
+    gpu.launch(EIGHT, &format!("eight_rows_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
 
     let result = result_dtype(compute, out);
     let mut shape = left.dims().to_vec();
     shape[left.rank() - 1] = columns;
-    let y = gpu.empty(shape, result)?;
+    let y = output(gpu, op, shape, base, result, out)?;
     let y_view = View::new(op, &y)?;
     let bias = bias.map(|bias| operand(gpu, op, bias, result)).transpose()?;
+    let base = base.map(|base| operand(gpu, op, base, result)).transpose()?;
     let product = Eight {
         rows,
         columns,
@@ -222,19 +229,25 @@ pub(super) fn eight(
         out: y_view.address,
         result,
         bias: bias.as_ref().map(|v| v.address),
+        add: base.as_ref().map(|v| v.address),
     };
-    if let Some(unit) = gpu.blas().run_eight(&product)? {
+    if !gpu.blas().run_eight(&product)? {
+        // The base may lie where the result goes: the sums go elsewhere first.
+        let sums = gpu.empty((rows, columns), result)?;
+        let sums = View::new(op, &sums)?;
+        let unit = gpu.blas().run_eight_sums(&Eight { out: sums.address, ..product })?;
         let args = [
-            Arg::tensor(&y_view),
+            Arg::tensor(&sums),
             Arg::ptr(left_scales.address),
             Arg::ptr(if transposed { scale_o } else { 0 }),
             Arg::optional(bias.as_ref()),
+            Arg::optional(base.as_ref()),
             Arg::f32(unit),
             Arg::tensor(&y_view),
             Arg::i32(columns),
             Arg::i64(rows * columns),
         ];
-        gpu.launch(FILE, "eight_scale", Launch::over(rows * columns, 8), &args)?;
+        gpu.launch(EIGHT, "eight_scale", Launch::over(rows * columns, 8), &args)?;
     }
     cast(gpu, op, &y, out)
 }
@@ -247,6 +260,22 @@ pub(crate) fn row_launch(width: usize) -> (usize, u32) {
     let threads = |trips: usize| eights.div_ceil(trips).next_multiple_of(32);
     let trips = if threads(5) <= 320 && 5 * threads(5) < 6 * threads(6) { 5 } else { 6 };
     (trips, threads(trips) as u32)
+}
+
+/// Where a product goes: over what is added to it, where that is possible. Each element of it is read once, by the thread
+/// that writes it.
+fn output(
+    gpu: &Gpu,
+    op: &'static str,
+    shape: Vec<usize>,
+    add: Option<&Tensor>,
+    result: DType,
+    out: DType,
+) -> Result<Tensor> {
+    match add {
+        Some(add) if add.dtype() == result && out == result && View::direct(op, add)? => Ok(add.clone()),
+        _ => gpu.empty(shape, result),
+    }
 }
 
 /// What cublasLt can write from operands of `compute`: the same dtype or fp32.

@@ -5,8 +5,8 @@
 //   y[l, o]   = scale_x[l] * scale_w[o] * sum of codes
 //   dx[l, i]  = scale_d[l] * sum over o of code(dy[l, o] * scale_w[o]) * code_w[o, i]
 //
-// The weights stay stored with a scale per 64 inputs. Their codes for one product are made in a scratch, as the 16-bit
-// ones are; backward needs them transposed, since fp8 tensor cores read both operands along the summed axis.
+// Weights are held so from the start (eight_weight). Backward needs them transposed, since fp8 tensor cores read both
+// operands along the summed axis: that copy is made in a scratch.
 #include "../fp8/codec.cuh"
 
 namespace wan {
@@ -93,29 +93,17 @@ extern "C" __global__ void __launch_bounds__(256)
   *reinterpret_cast<uint4 *>(out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-// The same, written as [i, o]: tiles of 64 x 64 through shared memory, 256 threads. Sizes are multiples of 16.
+// Codes [o, i] written as [i, o]: tiles of 64 x 64 through shared memory, 256 threads. Sizes are multiples of 16.
 extern "C" __global__ void __launch_bounds__(256)
-    eight_weight_transposed(const uint8_t *codes, wan::In scale, const float *rows, uint8_t *out, int height, int width,
-                            int group) {
+    eight_transposed(const uint8_t *codes, uint8_t *out, int height, int width) {
   // Rows of 68 bytes: columns are then read without meeting in one bank.
   __shared__ __align__(4) uint8_t tile[64][68];
   const int o0 = blockIdx.y * 64, i0 = blockIdx.x * 64, r = threadIdx.x / 4, c = threadIdx.x % 4 * 16;
   if (o0 + r < height && i0 + c < width) {
-    const long at = static_cast<long>(o0 + r) * width + i0 + c;
-    const uint4 raw = *reinterpret_cast<const uint4 *>(codes + at);
+    const uint4 raw = *reinterpret_cast<const uint4 *>(codes + static_cast<long>(o0 + r) * width + i0 + c);
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-    const float factor = __fdiv_rn(wan::load1(scale, at / group), rows[o0 + r]);
 #pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      uint32_t packed = 0;
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t two = words[word] >> (i * 8);
-        const float a = __fmul_rn(wan::decode(two & 0xffu), factor), b = __fmul_rn(wan::decode(two >> 8 & 0xffu), factor);
-        packed |= wan::coded2(a, b) << (i * 8);
-      }
-      *reinterpret_cast<uint32_t *>(&tile[r][c + word * 4]) = packed;
-    }
+    for (int word = 0; word < 4; ++word) *reinterpret_cast<uint32_t *>(&tile[r][c + word * 4]) = words[word];
   }
   __syncthreads();
   // Thread: one input row of the result, 16 outputs of it.
@@ -132,11 +120,11 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// y = raw * scale_rows[l] * scale_columns[o] * unit + bias[o], in place, where cublasLt cannot scale by vectors. Vectors
-// of columns may be null.
+// y = raw * scale_rows[l] * scale_columns[o] * unit + bias[o] + base[l, o], where cublasLt cannot scale by vectors. Vectors
+// of columns and base may be null; y may be either of the matrices read.
 extern "C" __global__ void __launch_bounds__(256)
-    eight_scale(wan::In raw, const float *rows, const float *columns, wan::In bias, float unit, wan::Out y, int width,
-                long n) {
+    eight_scale(wan::In raw, const float *rows, const float *columns, wan::In bias, wan::In base, float unit, wan::Out y,
+                int width, long n) {
   const long at = (static_cast<long>(blockIdx.x) * 256 + threadIdx.x) * 8;
   if (at >= n) return;
   const int column = static_cast<int>(at % width);
@@ -147,6 +135,12 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int i = 0; i < 8; ++i) {
     v[i] *= columns ? row * columns[column + i] : row;
     if (bias.data) v[i] += wan::load1(bias, column + i);
+  }
+  if (base.data) {
+    float more[8];
+    wan::load8(base, at, more);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] += more[i];
   }
   wan::store8(y, at, v);
 }

@@ -1,8 +1,12 @@
 //! Linear layers over the last axis: dense or block-scaled fp8 weight, forward and input gradient, and the weight
 //! gradient that adapters need.
 //!
-//! Operands are rounded to `compute`, products summed in fp32, the bias added in fp32, the result rounded once, to
+//! Operands are rounded to `compute`, products summed in fp32, bias and `base` added in fp32, the result rounded once, to
 //! `out`. An fp8 weight is expanded to its scale's dtype first (see [`crate::fp8`]), for each call anew.
+//!
+//! `base` is what the product is added to as it is written: an adapter's share, the gradient of another branch. It then
+//! costs no pass of its own over the activations. On a card the result is written over it where dtype and layout allow, so
+//! whoever calls owns `base` and reads it no more.
 
 use candle_core::{DType, Tensor};
 
@@ -10,7 +14,6 @@ use candle_core::{DType, Tensor};
 use crate::common::gpu::Gpu;
 use crate::{fp8, gate, num, Cost, Op, Result};
 
-mod add;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub mod eight;
@@ -20,10 +23,6 @@ pub use cuda::add_assign;
 use cuda::Times;
 
 pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
-
-pub use add::{
-    LinearAdd, LinearAddArgs, LinearBackwardAdd, LinearBackwardAddArgs, LinearFp8BackwardAdd, LinearFp8BackwardAddArgs,
-};
 
 mod stack;
 pub use stack::{LinearStackBackward, LinearStackBackwardArgs, Stack};
@@ -65,25 +64,27 @@ pub fn low_rank(exec: &crate::Exec, down_ri: &Tensor, up_or: &Tensor) -> Result<
     Ok((down_ri.clone(), up_or.clone()))
 }
 
-/// `y = x·Wᵀ + bias`.
+/// `y = x·Wᵀ + bias + base`.
 pub struct Linear;
 
-/// `x` [.., i], `weight_oi` [o, i], `bias_o` [o]; the result is [.., o].
+/// `x` [.., i], `weight_oi` [o, i], `bias_o` [o], `base` [.., o]; the result is [.., o].
 pub struct LinearArgs<'a> {
     pub x: &'a Tensor,
     pub weight_oi: &'a Tensor,
     pub bias_o: Option<&'a Tensor>,
+    pub base: Option<Tensor>,
     /// Dtype of the result.
     pub out: DType,
 }
 
-/// `dx = dy·W` of [`Linear`].
+/// `dx = dy·W + base`, the gradient of [`Linear`]'s input.
 pub struct LinearBackward;
 
-/// `dy` [.., o], `weight_oi` [o, i]; the result is [.., i].
+/// `dy` [.., o], `weight_oi` [o, i], `base` [.., i]; the result is [.., i].
 pub struct LinearBackwardArgs<'a> {
     pub dy: &'a Tensor,
     pub weight_oi: &'a Tensor,
+    pub base: Option<Tensor>,
     /// Dtype of `dx`.
     pub out: DType,
 }
@@ -100,11 +101,12 @@ pub struct LinearWeightGradArgs<'a> {
 /// [`Linear`] with an fp8 weight.
 pub struct LinearFp8;
 
-/// `x` [.., i], `weight` holding [o, i], `bias_o` [o]; the result is [.., o].
+/// `x` [.., i], `weight` holding [o, i], `bias_o` [o], `base` [.., o]; the result is [.., o].
 pub struct LinearFp8Args<'a> {
     pub x: &'a Tensor,
     pub weight: &'a fp8::Weight,
     pub bias_o: Option<&'a Tensor>,
+    pub base: Option<Tensor>,
     /// Dtype of the result.
     pub out: DType,
 }
@@ -112,10 +114,11 @@ pub struct LinearFp8Args<'a> {
 /// [`LinearBackward`] with an fp8 weight.
 pub struct LinearFp8Backward;
 
-/// `dy` [.., o], `weight` holding [o, i]; the result is [.., i].
+/// `dy` [.., o], `weight` holding [o, i], `base` [.., i]; the result is [.., i].
 pub struct LinearFp8BackwardArgs<'a> {
     pub dy: &'a Tensor,
     pub weight: &'a fp8::Weight,
+    pub base: Option<Tensor>,
     /// Dtype of `dx`.
     pub out: DType,
 }
@@ -128,15 +131,15 @@ impl Op for Linear {
     fn check(a: &LinearArgs<'_>) -> Result<()> {
         let oi = gate::dims::<2>(Self::NAME, "weight_oi", a.weight_oi, "[o, i], nothing empty")?;
         gate::float(Self::NAME, "weight_oi", a.weight_oi)?;
-        check_forward(Self::NAME, a.x, oi, a.bias_o, a.out)
+        check_forward(Self::NAME, a.x, oi, a.bias_o, a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearArgs<'_>) -> Cost {
-        cost(a.x, a.weight_oi.dims()[0], gate::bytes(a.weight_oi), a.out)
+        cost(a.x, a.weight_oi.dims()[0], gate::bytes(a.weight_oi), a.base.as_ref(), a.out)
     }
 
     fn reference(a: &LinearArgs<'_>, compute: DType) -> Result<Tensor> {
-        forward(a.x, a.weight_oi, a.bias_o, a.out, compute)
+        times(a.x, &a.weight_oi.t()?, [a.bias_o, a.base.as_ref()], a.out, compute)
     }
 
     #[cfg(feature = "cuda")]
@@ -147,7 +150,7 @@ impl Op for Linear {
             weight_oi: cuda::Weight::Dense(a.weight_oi),
             transposed: true,
             bias: a.bias_o,
-            add: None,
+            add: a.base.as_ref(),
             out: a.out,
         };
         cuda::times(gpu, &times, compute)
@@ -160,17 +163,17 @@ impl Op for LinearBackward {
     const NAME: &'static str = "linear_backward";
 
     fn check(a: &LinearBackwardArgs<'_>) -> Result<()> {
-        let [o, _] = gate::dims::<2>(Self::NAME, "weight_oi", a.weight_oi, "[o, i], nothing empty")?;
+        let oi = gate::dims::<2>(Self::NAME, "weight_oi", a.weight_oi, "[o, i], nothing empty")?;
         gate::float(Self::NAME, "weight_oi", a.weight_oi)?;
-        check_backward(Self::NAME, a.dy, o, a.out)
+        check_backward(Self::NAME, a.dy, oi, a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearBackwardArgs<'_>) -> Cost {
-        cost(a.dy, a.weight_oi.dims()[1], gate::bytes(a.weight_oi), a.out)
+        cost(a.dy, a.weight_oi.dims()[1], gate::bytes(a.weight_oi), a.base.as_ref(), a.out)
     }
 
     fn reference(a: &LinearBackwardArgs<'_>, compute: DType) -> Result<Tensor> {
-        times(a.dy, a.weight_oi, None, a.out, compute)
+        times(a.dy, a.weight_oi, [None, a.base.as_ref()], a.out, compute)
     }
 
     #[cfg(feature = "cuda")]
@@ -181,7 +184,7 @@ impl Op for LinearBackward {
             weight_oi: cuda::Weight::Dense(a.weight_oi),
             transposed: false,
             bias: None,
-            add: None,
+            add: a.base.as_ref(),
             out: a.out,
         };
         cuda::times(gpu, &times, compute)
@@ -225,15 +228,15 @@ impl Op for LinearFp8 {
     const NAME: &'static str = "linear_fp8";
 
     fn check(a: &LinearFp8Args<'_>) -> Result<()> {
-        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.out)
+        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearFp8Args<'_>) -> Cost {
-        cost(a.x, a.weight.shape()[0], a.weight.bytes(), a.out)
+        cost(a.x, a.weight.shape()[0], a.weight.bytes(), a.base.as_ref(), a.out)
     }
 
     fn reference(a: &LinearFp8Args<'_>, compute: DType) -> Result<Tensor> {
-        forward(a.x, &a.weight.dequantize()?, a.bias_o, a.out, compute)
+        times(a.x, &a.weight.dequantize()?.t()?, [a.bias_o, a.base.as_ref()], a.out, compute)
     }
 
     #[cfg(feature = "cuda")]
@@ -244,7 +247,7 @@ impl Op for LinearFp8 {
             weight_oi: cuda::Weight::Fp8(a.weight),
             transposed: true,
             bias: a.bias_o,
-            add: None,
+            add: a.base.as_ref(),
             out: a.out,
         };
         cuda::times(gpu, &times, compute)
@@ -257,15 +260,15 @@ impl Op for LinearFp8Backward {
     const NAME: &'static str = "linear_fp8_backward";
 
     fn check(a: &LinearFp8BackwardArgs<'_>) -> Result<()> {
-        check_backward(Self::NAME, a.dy, a.weight.shape()[0], a.out)
+        check_backward(Self::NAME, a.dy, a.weight.shape(), a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearFp8BackwardArgs<'_>) -> Cost {
-        cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.out)
+        cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.base.as_ref(), a.out)
     }
 
     fn reference(a: &LinearFp8BackwardArgs<'_>, compute: DType) -> Result<Tensor> {
-        times(a.dy, &a.weight.dequantize()?, None, a.out, compute)
+        times(a.dy, &a.weight.dequantize()?, [None, a.base.as_ref()], a.out, compute)
     }
 
     #[cfg(feature = "cuda")]
@@ -276,7 +279,7 @@ impl Op for LinearFp8Backward {
             weight_oi: cuda::Weight::Fp8(a.weight),
             transposed: false,
             bias: None,
-            add: None,
+            add: a.base.as_ref(),
             out: a.out,
         };
         cuda::times(gpu, &times, compute)
@@ -288,6 +291,7 @@ pub(crate) fn check_forward(
     x: &Tensor,
     [o, i]: [usize; 2],
     bias_o: Option<&Tensor>,
+    base: Option<&Tensor>,
     out: DType,
 ) -> Result<()> {
     check_rows(op, "x", x, i, "[.., i]")?;
@@ -295,12 +299,29 @@ pub(crate) fn check_forward(
         gate::float(op, "bias_o", bias_o)?;
         gate::shape(op, "bias_o", bias_o, &[o], "[o]")?;
     }
+    check_base(op, base, x, o)?;
     gate::out(op, out)
 }
 
-pub(crate) fn check_backward(op: &'static str, dy: &Tensor, o: usize, out: DType) -> Result<()> {
+pub(crate) fn check_backward(
+    op: &'static str,
+    dy: &Tensor,
+    [o, i]: [usize; 2],
+    base: Option<&Tensor>,
+    out: DType,
+) -> Result<()> {
     check_rows(op, "dy", dy, o, "[.., o]")?;
+    check_base(op, base, dy, i)?;
     gate::out(op, out)
+}
+
+/// `base` has the leading axes of `like` and `columns`.
+fn check_base(op: &'static str, base: Option<&Tensor>, like: &Tensor, columns: usize) -> Result<()> {
+    let Some(base) = base else { return Ok(()) };
+    let mut want = like.dims().to_vec();
+    want[like.rank() - 1] = columns;
+    gate::float(op, "base", base)?;
+    gate::shape(op, "base", base, &want, "the other operand's leading axes and the weight's other axis")
 }
 
 fn check_rows(op: &'static str, tensor: &'static str, t: &Tensor, width: usize, axes: &str) -> Result<()> {
@@ -313,24 +334,30 @@ fn check_rows(op: &'static str, tensor: &'static str, t: &Tensor, width: usize, 
     Err(crate::Error::Shape { op, tensor, got: t.shape().clone(), want })
 }
 
-pub(crate) fn cost(a: &Tensor, columns: usize, weight_bytes: f64, out: DType) -> Cost {
+pub(crate) fn cost(a: &Tensor, columns: usize, weight_bytes: f64, base: Option<&Tensor>, out: DType) -> Cost {
     let rows = a.elem_count() / last(a);
-    let bytes = gate::bytes(a) + weight_bytes + (rows * columns * out.size_in_bytes()) as f64;
-    Cost { flops: 2.0 * a.elem_count() as f64 * columns as f64, bytes }
+    let bytes = gate::bytes(a) + weight_bytes + base.map_or(0.0, gate::bytes);
+    let written = (rows * columns * out.size_in_bytes()) as f64;
+    Cost { flops: 2.0 * a.elem_count() as f64 * columns as f64, bytes: bytes + written }
 }
 
-fn forward(x: &Tensor, weight_oi: &Tensor, bias_o: Option<&Tensor>, out: DType, compute: DType) -> Result<Tensor> {
-    times(x, &weight_oi.t()?, bias_o, out, compute)
+/// `a·b + bias + base` over the last axis of `a`.
+fn times(a: &Tensor, b: &Tensor, [bias, base]: [Option<&Tensor>; 2], out: DType, compute: DType) -> Result<Tensor> {
+    let y = num::matmul(&as_rows(a)?, b, compute)?;
+    finished(y, a, [bias, base], out)
 }
 
-/// `a·b + bias` over the last axis of `a`.
-fn times(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: DType, compute: DType) -> Result<Tensor> {
-    let mut y = num::matmul(&as_rows(a)?, b, compute)?;
+/// What becomes of a product `y` in F32, rows of `like`: bias and base added, in `out`.
+pub(crate) fn finished(y: Tensor, like: &Tensor, [bias, base]: [Option<&Tensor>; 2], out: DType) -> Result<Tensor> {
+    let mut shape = like.dims().to_vec();
+    shape[like.rank() - 1] = last(&y);
+    let mut y = y;
     if let Some(bias) = bias {
         y = y.broadcast_add(&num::f32(bias)?)?;
     }
-    let mut shape = a.dims().to_vec();
-    shape[a.rank() - 1] = b.dim(1)?;
+    if let Some(base) = base {
+        y = (num::f32(&as_rows(base)?)? + y)?;
+    }
     Ok(y.to_dtype(out)?.reshape(shape)?)
 }
 

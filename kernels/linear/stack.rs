@@ -87,7 +87,7 @@ impl Op for LinearStackBackward {
     }
 
     fn cost(a: &LinearStackBackwardArgs<'_>) -> Cost {
-        let each = a.dys.iter().zip(a.ups_or).map(|(dy, up)| cost(dy, last(up), gate::bytes(up), dy.dtype()));
+        let each = a.dys.iter().zip(a.ups_or).map(|(dy, up)| cost(dy, last(up), gate::bytes(up), None, dy.dtype()));
         each.fold(Cost { flops: 0.0, bytes: 0.0 }, |sum, c| Cost {
             flops: sum.flops + c.flops,
             bytes: sum.bytes + c.bytes,

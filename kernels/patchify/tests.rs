@@ -14,7 +14,13 @@ fn tokens_times_the_flat_weight_are_the_strided_convolution() {
     let [b, c, f, y, x, d] = [2, 3, 2, 6, 4, 5];
     let (latent, weight) = (normal(1, &[b, c, f, y, x]), normal(2, &[d, c, 1, 2, 2]));
     let tokens = patchify(&latent, [1, 2, 2]);
-    let args = LinearArgs { x: &tokens, weight_oi: &weight.flatten_from(1).unwrap(), bias_o: None, out: DType::F32 };
+    let args = LinearArgs {
+        x: &tokens,
+        weight_oi: &weight.flatten_from(1).unwrap(),
+        bias_o: None,
+        base: None,
+        out: DType::F32,
+    };
     let got = Exec::cpu().run::<Linear>(&args).unwrap();
     let kernel = weight.squeeze(2).unwrap();
     let frames: Vec<Tensor> = (0..f)

@@ -4,9 +4,16 @@ use candle_core::Tensor;
 use wan_kernels::Exec;
 
 use super::{Adapter, Adapters, At, Dropout, Lora, WeightDelta};
-use crate::linear::add;
 use crate::wan::GradSink;
 use crate::Result;
+
+/// What backward makes of the gradient of a linear's input.
+pub enum Dx {
+    /// Nothing below is trained.
+    Unwanted,
+    /// It is added to what other branches gave, which may be written over.
+    Onto(Option<Tensor>),
+}
 
 /// An adapter that takes part in this step.
 pub struct Active<'a> {
@@ -44,45 +51,40 @@ impl<'a> Active<'a> {
         At { exec, site: &self.site, dropout: &self.dropout }
     }
 
-    /// `y + Δy` `[B, L, o]` from the base's `y`, and for a LoRA the low-rank activation that backward can use.
-    pub fn forward(&self, exec: &Exec, x_bli: &Tensor, y_blo: Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let delta = match self.adapter {
+    /// `Δy` `[B, L, o]`, and for a LoRA the low-rank activation that backward can use.
+    pub fn forward(&self, exec: &Exec, x_bli: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        Ok(match self.adapter {
             Adapter::Lora(a) => {
-                let (y, h) = a.forward(&self.at(exec), x_bli, y_blo)?;
-                return Ok((y, Some(h)));
+                let (delta, h) = a.forward(&self.at(exec), x_bli)?;
+                (delta, Some(h))
             }
-            Adapter::Loha(a) => a.forward(&self.at(exec), x_bli)?,
-            Adapter::Lokr(a) => a.forward(&self.at(exec), x_bli)?,
-        };
-        Ok((add(exec, &y_blo, &delta)?, None))
+            Adapter::Loha(a) => (a.forward(&self.at(exec), x_bli)?, None),
+            Adapter::Lokr(a) => (a.forward(&self.at(exec), x_bli)?, None),
+        })
     }
 
-    /// `h` is what forward returned; where it was not kept it is computed again, to the same bits. With `dx_bli`, the
-    /// base's share of `dx`, returns the sum of both shares.
+    /// `h` is what forward returned; where it was not kept it is computed again, to the same bits. Returns the adapter's
+    /// share of `dx`, onto the base, where that is wanted.
     pub fn backward(
         &self,
         exec: &Exec,
         x_bli: &Tensor,
         h: Option<&Tensor>,
         dy_blo: &Tensor,
-        dx_bli: Option<Tensor>,
+        dx: Dx,
         sink: &mut dyn GradSink,
     ) -> Result<Option<Tensor>> {
         let at = self.at(exec);
-        let share = match self.adapter {
+        match self.adapter {
             Adapter::Lora(a) => {
                 let h = match h {
                     Some(h) => h.clone(),
                     None => a.down_scaled(&at, x_bli)?,
                 };
-                return a.backward(&at, x_bli, &h, dy_blo, dx_bli, sink);
+                a.backward(&at, x_bli, &h, dy_blo, dx, sink)
             }
-            Adapter::Loha(a) => a.backward(&at, x_bli, dy_blo, dx_bli.is_some(), sink)?,
-            Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, dx_bli.is_some(), sink)?,
-        };
-        match (dx_bli, share) {
-            (Some(dx), Some(share)) => Ok(Some(add(exec, &dx, &share)?)),
-            (dx, _) => Ok(dx),
+            Adapter::Loha(a) => a.backward(&at, x_bli, dy_blo, dx, sink),
+            Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, dx, sink),
         }
     }
 }

@@ -5,7 +5,7 @@ use wan_kernels::linear::{
     Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearWeightGrad, LinearWeightGradArgs,
 };
 
-use super::{At, Dropout, Loha, Lokr, LokrW2};
+use super::{At, Dropout, Dx, Loha, Lokr, LokrW2};
 use crate::wan::GradSink;
 use crate::Result;
 
@@ -20,29 +20,25 @@ pub trait WeightDelta {
     /// `x` `[B, L, i]` -> `Δy` `[B, L, o]` in the compute dtype.
     fn forward(&self, at: &At, x_bli: &Tensor) -> Result<Tensor> {
         let delta_oi = mask_rows(self.delta()?, at.dropout)?;
-        let args = LinearArgs { x: x_bli, weight_oi: &delta_oi, bias_o: None, out: at.exec.compute() };
+        let args = LinearArgs { x: x_bli, weight_oi: &delta_oi, bias_o: None, base: None, out: at.exec.compute() };
         Ok(at.exec.run::<Linear>(&args)?)
     }
 
-    /// Hands the parameters' gradients to the sink (`+=` there); returns the adapter's share of `dx` where it is wanted.
+    /// Hands the parameters' gradients to the sink (`+=` there); returns its share of `dx`, onto the base, where that is wanted.
     fn backward(
         &self,
         at: &At,
         x_bli: &Tensor,
         dy_blo: &Tensor,
-        need_dx: bool,
+        dx: Dx,
         sink: &mut dyn GradSink,
     ) -> Result<Option<Tensor>> {
         let ddelta_oi = at.exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: x_bli, dy: dy_blo })?;
         self.delta_backward(at.site, &mask_rows(ddelta_oi, at.dropout)?, sink)?;
-        match need_dx {
-            true => {
-                let delta_oi = mask_rows(self.delta()?, at.dropout)?;
-                let args = LinearBackwardArgs { dy: dy_blo, weight_oi: &delta_oi, out: at.exec.compute() };
-                Ok(Some(at.exec.run::<LinearBackward>(&args)?))
-            }
-            false => Ok(None),
-        }
+        let Dx::Onto(base) = dx else { return Ok(None) };
+        let delta_oi = mask_rows(self.delta()?, at.dropout)?;
+        let args = LinearBackwardArgs { dy: dy_blo, weight_oi: &delta_oi, base, out: at.exec.compute() };
+        Ok(Some(at.exec.run::<LinearBackward>(&args)?))
     }
 }
 

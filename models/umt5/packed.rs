@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 use wan_kernels::dense_attention::{DenseAttention, DenseAttentionArgs};
 use wan_kernels::gelu::{GeluTanhGate, GeluTanhGateArgs};
-use wan_kernels::linear::{Linear, LinearAdd, LinearAddArgs, LinearArgs, LinearFp8, LinearFp8Args};
+use wan_kernels::linear::{Linear, LinearArgs, LinearFp8, LinearFp8Args};
 use wan_kernels::norm::{RmsNorm, RmsNormArgs};
 use wan_kernels::Exec;
 
@@ -103,21 +103,18 @@ fn norm(exec: &Exec, norm: &Norm, x: &Tensor, eps: f64, out: DType) -> Result<Te
 }
 
 fn linear(exec: &Exec, w: &Matrix, x: &Tensor) -> Result<Tensor> {
-    let out = exec.compute();
-    Ok(match w {
-        Matrix::Plain(weight_oi) => exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: None, out })?,
-        Matrix::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o: None, out })?,
-    })
+    product(exec, w, x, None, exec.compute())
 }
 
 /// `base + x·Wᵀ` in fp32.
 fn linear_onto(exec: &Exec, w: &Matrix, x: &Tensor, base: Tensor) -> Result<Tensor> {
+    product(exec, w, x, Some(base), DType::F32)
+}
+
+fn product(exec: &Exec, w: &Matrix, x: &Tensor, base: Option<Tensor>, out: DType) -> Result<Tensor> {
     Ok(match w {
-        Matrix::Plain(weight_oi) => exec.run::<LinearAdd>(&LinearAddArgs { x, weight_oi, base, out: DType::F32 })?,
-        Matrix::Fp8(weight) => {
-            let y = exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o: None, out: DType::F32 })?;
-            (base + y)?
-        }
+        Matrix::Plain(weight_oi) => exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o: None, base, out })?,
+        Matrix::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o: None, base, out })?,
     })
 }
 

@@ -257,7 +257,7 @@ impl Attention {
         let linear = |conv: &Conv, x: &Tensor| -> Result<Tensor> {
             let (o, i, ..) = conv.weight.dims5()?;
             let (weight_oi, bias_o) = (&conv.weight.reshape((o, i))?, Some(&conv.bias));
-            Ok(exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o, out: exec.compute() })?)
+            Ok(exec.run::<Linear>(&LinearArgs { x, weight_oi, bias_o, base: None, out: exec.compute() })?)
         };
         let qkv = linear(&self.to_qkv, &rows(&h)?)?;
         let (q, k, v) = (qkv.narrow(2, 0, c)?, qkv.narrow(2, c, c)?, qkv.narrow(2, 2 * c, c)?);

@@ -32,7 +32,7 @@ pub(super) fn patches(
         None => inputs.x.clone(),
     };
     let patches_bli = exec.run::<Patchify>(&PatchifyArgs { x_bcfyx: &x_bcfyx, patch: arch.patch })?;
-    let x_bld = w.patch_embedding.forward(exec, &patches_bli, stream)?;
+    let x_bld = w.patch_embedding.forward(exec, &patches_bli, None, stream)?;
     if probe.is_on() {
         let (_, _, f, h, w) = x_bcfyx.dims5()?;
         let [gf, gh, gw] = arch.grid([f, h, w])?;
@@ -66,9 +66,9 @@ impl TimeEmbedding {
         let (distinct, rows) = distinct_timesteps(t, full.device())?;
         let sin_uf = sinusoid(&distinct, arch.freq_dim, full.device())?;
         let silu = |x: &Tensor| full.run::<Silu>(&ActivationArgs { x });
-        let hidden_ud = silu(&w.time_in.forward(full, &sin_uf, DType::F32)?)?;
-        let e_ud = w.time_out.forward(full, &hidden_ud, DType::F32)?;
-        let flat_u6d = w.time_projection.forward(full, &silu(&e_ud)?, DType::F32)?;
+        let hidden_ud = silu(&w.time_in.forward(full, &sin_uf, None, DType::F32)?)?;
+        let e_ud = w.time_out.forward(full, &hidden_ud, None, DType::F32)?;
+        let flat_u6d = w.time_projection.forward(full, &silu(&e_ud)?, None, DType::F32)?;
         let e0_6ud = flat_u6d.reshape((distinct.len(), 6, arch.dim))?.transpose(0, 1)?.contiguous()?;
         let ones_6ud = Tensor::from_vec(vec![1f32; e0_6ud.elem_count()], e0_6ud.shape(), full.device())?;
         let this = Self { e_ud, e0_6ud, ones_6ud, rows };
@@ -191,9 +191,9 @@ pub(super) fn text(
         samples.push(sample_ld.pad_with_zeros(0, 0, arch.text_len - rows)?);
     }
     let padded_bmd = Tensor::stack(&samples, 0)?;
-    let hidden_bmd = w.text_in.forward(exec, &padded_bmd, compute)?;
+    let hidden_bmd = w.text_in.forward(exec, &padded_bmd, None, compute)?;
     let hidden_bmd = exec.run::<GeluTanh>(&ActivationArgs { x: &hidden_bmd })?;
-    let text_bmd = w.text_out.forward(exec, &hidden_bmd, compute)?;
+    let text_bmd = w.text_out.forward(exec, &hidden_bmd, None, compute)?;
     probe.see("text_embedding", &text_bmd)?;
     Ok(text_bmd)
 }
@@ -216,9 +216,9 @@ pub(super) fn image(
         let args = LayerNormArgs { x, weight_d: &n.weight, bias_d: &n.bias, eps: IMG_EMB_EPS, out: compute };
         exec.run::<LayerNorm>(&args)
     };
-    let x_bmd = w.fc_in.forward(exec, &norm(&x_bmd, &w.norm_in)?, compute)?;
+    let x_bmd = w.fc_in.forward(exec, &norm(&x_bmd, &w.norm_in)?, None, compute)?;
     let x_bmd = exec.run::<GeluErf>(&ActivationArgs { x: &x_bmd })?;
-    let image_bmd = norm(&w.fc_out.forward(exec, &x_bmd, compute)?, &w.norm_out)?;
+    let image_bmd = norm(&w.fc_out.forward(exec, &x_bmd, None, compute)?, &w.norm_out)?;
     probe.see("img_emb", &image_bmd)?;
     Ok(image_bmd)
 }

@@ -28,7 +28,7 @@ impl Head<'_> {
         let mods = self.time.modulation(exec, &self.w.modulation)?;
         let vectors = [&mods.get(0)?, &mods.get(1)?];
         let h_bld = norm_modulate(exec, self.numerics, x_bld, vectors, self.arch.eps, width)?;
-        let tokens_blo = self.w.linear.forward(&exec.with_compute(width), &h_bld, width)?.to_dtype(DType::F32)?;
+        let tokens_blo = self.w.linear.forward(&exec.with_compute(width), &h_bld, None, width)?.to_dtype(DType::F32)?;
         probe.see("head_out", &tokens_blo)?;
         Ok(exec.run::<Unpatchify>(&UnpatchifyArgs { tokens_bld: &tokens_blo, grid, patch: self.arch.patch })?)
     }
@@ -38,7 +38,7 @@ impl Head<'_> {
         let (exec, width) = (self.exec, self.width());
         let args = UnpatchifyBackwardArgs { dx_bcfyx: dpred_bcfyx, patch: self.arch.patch };
         let dtokens_blo = exec.run::<UnpatchifyBackward>(&args)?;
-        let dh_bld = self.w.linear.backward(&exec.with_compute(width), &dtokens_blo, width)?;
+        let dh_bld = self.w.linear.backward(&exec.with_compute(width), &dtokens_blo, None, width)?;
         let scale = self.time.modulation(exec, &self.w.modulation)?.get(1)?;
         Ok(exec.run::<LayerNormModulateBackward>(&LayerNormModulateBackwardArgs {
             x_bld,

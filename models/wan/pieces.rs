@@ -68,7 +68,7 @@ impl<'a> Block<'a> {
         dy_blo: &Tensor,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
-        self.site(name, frozen, x_bli)?.backward(x_bli, h, dy_blo, sink)
+        self.site(name, frozen, x_bli)?.backward(x_bli, h, dy_blo, None, sink)
     }
 }
 

@@ -78,7 +78,7 @@ pub fn offers(job: &Job, plan: &Plan, wishes: Wishes, rates: &Rates) -> Vec<Stri
         return Vec::new();
     }
     let ways = [
-        ("--fp8_fast", Products::Fp8, WeightForm::Fp8Scaled { scale_bytes: 2 }),
+        ("--fp8_fast", Products::Fp8, WeightForm::Fp8Rows { scale_bytes: 2 }),
         ("--int8_fast", Products::Int8, WeightForm::Int8 { otherwise: 2 }),
     ];
     let line = |(name, products, weights)| {

@@ -10,6 +10,7 @@
 //! | keep all | that, the outputs of q, k, v, o, cross q, cross o (`6·L·d·c`), cross-attention (`L·d·c + 4·n·L`, and keys and values `2·M·d·c`, for text and again for image rows), the first feed-forward product (`L·f·c`), and each LoRA's `x·Aᵀ` |
 
 use wan_kernels::int8;
+use wan_kernels::linear::eight;
 use wan_models::adapter::{AdapterSpec, Kind};
 use wan_models::arch::{Site, WanArch};
 use wan_models::linear::Products;
@@ -32,6 +33,8 @@ pub enum WeightForm {
     Dense(u64),
     /// One byte an element and a scale of this many bytes per block of 64 inputs (per row where they do not divide).
     Fp8Scaled { scale_bytes: u64 },
+    /// One byte an element and an fp32 scale an output; what is not in multiples of 16, as `Fp8Scaled`.
+    Fp8Rows { scale_bytes: u64 },
     /// One byte an element, no scales.
     Fp8Cast,
     /// One byte an element and two fp32 scales an output; what is not in blocks of 64, `otherwise` bytes an element.
@@ -153,7 +156,8 @@ impl Job {
                 WeightForm::Fp8Cast => o * i,
                 WeightForm::Int8 { .. } if int8::takes([site.out_features, site.in_features]) => o * i + 8 * o,
                 WeightForm::Int8 { otherwise } => o * i * otherwise,
-                WeightForm::Fp8Scaled { scale_bytes } => {
+                WeightForm::Fp8Rows { .. } if eight::takes([site.out_features, site.in_features]) => o * i + 4 * o,
+                WeightForm::Fp8Scaled { scale_bytes } | WeightForm::Fp8Rows { scale_bytes } => {
                     let scales = if i % 64 == 0 { i / 64 } else { 1 };
                     o * i + o * scales * scale_bytes
                 }
@@ -438,6 +442,7 @@ impl Job {
         let cast = products != Products::Int8 && c.fp8_base && c.musubi_compat && !scaled;
         let weights = match (products, c.fp8_base || scaled) {
             (Products::Int8, _) => WeightForm::Int8 { otherwise: run.checkpoint_bytes },
+            (Products::Fp8, true) => WeightForm::Fp8Rows { scale_bytes: run.checkpoint_bytes },
             _ if cast => WeightForm::Fp8Cast,
             (_, true) => WeightForm::Fp8Scaled { scale_bytes: run.checkpoint_bytes },
             (_, false) => WeightForm::Dense(run.checkpoint_bytes),
