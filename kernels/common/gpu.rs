@@ -14,14 +14,14 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     self, CUdevice_attribute, CUfunction_attribute, CUmemPool_attribute,
 };
 use candle_core::cuda_backend::cudarc::driver::{result, CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
 use super::blas::Blas;
 pub use super::copy::Pinned;
-use super::pool;
+use super::pool::Pools;
 use super::stash::Stash;
 pub use super::stash::{Staging, Unloading};
 use crate::{Error, Result};
@@ -50,6 +50,8 @@ struct Inner {
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     blas: Blas,
     scratch: Mutex<HashMap<&'static str, CudaSlice<u8>>>,
+    /// Behind everything that lies in them.
+    pools: Pools,
     profile: Mutex<Option<Vec<Timed>>>,
     portable: AtomicBool,
 }
@@ -100,7 +102,7 @@ impl Gpu {
         let stream = device.cuda_stream();
         let copies = context.new_stream().map_err(|e| failed(&e))?;
         let leaving = context.new_stream().map_err(|e| failed(&e))?;
-        pool::keep(&context).map_err(|e| failed(&e))?;
+        let pools = Pools::new(&context).map_err(|e| failed(&e))?;
         let inner = Arc::new(Inner {
             blas: Blas::new(&stream)?,
             device,
@@ -108,6 +110,7 @@ impl Gpu {
             copies,
             leaving,
             stash: Stash::default(),
+            pools,
             card,
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -191,16 +194,22 @@ impl Gpu {
         // SAFETY: the callers' kernels write every element before anything reads it, in stream order.
         let storage = self.with_room(&|| unsafe {
             Ok(match dtype {
-                DType::F32 => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
-                DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(n)?, device.clone()),
-                DType::F16 => CudaStorage::wrap_cuda_slice(device.alloc::<f16>(n)?, device.clone()),
-                DType::U8 => CudaStorage::wrap_cuda_slice(device.alloc::<u8>(n)?, device.clone()),
-                DType::U32 => CudaStorage::wrap_cuda_slice(device.alloc::<u32>(n)?, device.clone()),
-                DType::F64 => CudaStorage::wrap_cuda_slice(device.alloc::<f64>(n)?, device.clone()),
+                DType::F32 => CudaStorage::wrap_cuda_slice(self.take::<f32>(n)?, device.clone()),
+                DType::BF16 => CudaStorage::wrap_cuda_slice(self.take::<bf16>(n)?, device.clone()),
+                DType::F16 => CudaStorage::wrap_cuda_slice(self.take::<f16>(n)?, device.clone()),
+                DType::U8 => CudaStorage::wrap_cuda_slice(self.take::<u8>(n)?, device.clone()),
+                DType::U32 => CudaStorage::wrap_cuda_slice(self.take::<u32>(n)?, device.clone()),
+                DType::F64 => CudaStorage::wrap_cuda_slice(self.take::<f64>(n)?, device.clone()),
                 got => return Err(Error::Dtype { op: NAME, tensor: "empty", got, want: "a dtype that kernels write" }),
             })
         })?;
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    }
+
+    /// See [`Pools::take`].
+    unsafe fn take<T: DeviceRepr>(&self, n: usize) -> Result<CudaSlice<T>> {
+        let taken = self.0.pools.take(&self.0.stream, n);
+        taken.map_err(|e| error(NAME, format!("{} bytes: {e}", n * size_of::<T>())))
     }
 
     /// What `alloc` gives; where the card has no room, once more after everything issued is done and the pool has handed
@@ -211,7 +220,7 @@ impl Gpu {
             Err(e) if e.to_string().contains("OUT_OF_MEMORY") => {
                 let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
                 let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
-                emptied.and_then(|()| pool::trim(self.0.stream.context())).map_err(|e| error(NAME, e.to_string()))?;
+                emptied.and_then(|()| self.0.pools.trim()).map_err(|e| error(NAME, e.to_string()))?;
                 alloc()
             }
             done => done,
@@ -227,8 +236,7 @@ impl Gpu {
             all.remove(name);
             let fresh = self.with_room(&|| {
                 // SAFETY: scratch is written before it is read, by contract.
-                let fresh = unsafe { self.0.stream.alloc::<u8>(bytes) };
-                fresh.map_err(|e| error(NAME, format!("{bytes} bytes of scratch: {e}")))
+                unsafe { self.take::<u8>(bytes) }
             })?;
             all.insert(name, fresh);
         }
@@ -292,7 +300,7 @@ impl Gpu {
         let context = self.0.stream.context();
         let read = || -> std::result::Result<Memory, result::DriverError> {
             let (free, total) = context.mem_get_info()?;
-            let at = |attribute| pool::value(context, attribute);
+            let at = |attribute| self.0.pools.value(attribute);
             Ok(Memory {
                 used: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
                 peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
@@ -306,7 +314,7 @@ impl Gpu {
 
     /// The peaks start again from what is in use now.
     pub fn reset_peak(&self) -> Result<()> {
-        let set = |attribute| pool::set(self.0.stream.context(), attribute, 0);
+        let set = |attribute| self.0.pools.set(attribute, 0);
         set(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
             .and_then(|()| set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH))
             .map_err(|e| error(NAME, e.to_string()))

@@ -53,7 +53,8 @@ pub fn takes([o, i]: [usize; 2]) -> bool {
 pub fn by_rows(weight: &fp8::Weight) -> Result<fp8::Weight> {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = Gpu::of(weight.codes_oi().device()) {
-        if (weight.shape()[0] * weight.shape()[1] / weight.scale().elem_count()) % MULTIPLE == 0 {
+        let [o, i] = weight.shape();
+        if (o * i / weight.scale().elem_count()).is_multiple_of(MULTIPLE) {
             return cuda::by_rows(&gpu, weight);
         }
     }

@@ -345,7 +345,7 @@ pub mod on_card {
             "host_saved": planned.arrangement.saving.iter().filter(|b| b.home == wan_models::wan::Home::Host).count(),
             "steps": sorted.len(), "s_per_step": median, "s_min": least, "s_max": most, "first_step_s": watch.seconds[0],
             "tokens": tokens, "tokens_per_s": tokens as f64 / median, "tflops": tflop / median,
-            "peak_gib": peak, "reserved_gib": reserved, "planned_gib": plan_gib, "planned_s": planned.step_seconds, "prepare_s": prepared,
+            "peak_gib": peak, "reserved_gib": reserved, "planned_gib": plan_gib, "planned_held_gib": planned.memory.held() as f64 / GIB, "planned_s": planned.step_seconds, "prepare_s": prepared,
             "pinned_gib": gpu.stash_bytes() as f64 / GIB, "commit": env!("WAN_COMMIT"),
             "losses": watch.losses, "skipped": watch.skipped,
             "ms_by_op": classes.iter().map(|(op, calls, ms)| json!([op, calls, ms])).collect::<Vec<_>>(),

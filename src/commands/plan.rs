@@ -105,13 +105,16 @@ impl Planned {
         let mut lines = Vec::new();
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, .. } = exec {
-            let (planned, peak) = (self.plan.memory.device(), gpu.memory().map_or(0, |m| m.peak));
+            let memory = gpu.memory().ok();
+            let [peak, held] = [memory.map_or(0, |m| m.peak), memory.map_or(0, |m| m.reserved_peak)];
+            let planned = [self.plan.memory.device(), self.plan.memory.held()];
             let with_previews = match self.stays() + self.previews {
                 _ if self.previews == 0 => String::new(),
                 sum => format!(", {} GiB in previews (decoding not counted)", plan::gib(sum)),
             };
-            let (peak, planned) = (plan::gib(peak), plan::gib(planned));
-            lines.push(format!("peak device memory: {peak} GiB, planned {planned} GiB{with_previews}"));
+            let ([peak, held], [planned, planned_held]) = ([peak, held].map(plan::gib), planned.map(plan::gib));
+            lines.push(format!("peak device memory: {peak} GiB in tensors, planned {planned} GiB{with_previews}"));
+            lines.push(format!("held on the card for them: {held} GiB, planned {planned_held} GiB"));
             lines.extend(gpu.stash_unpinned().map(|why| {
                 format!("note: host memory for saved activations could not be pinned ({why}): copies are slower")
             }));
@@ -164,7 +167,7 @@ pub fn explain(exec: &Exec, memory: &plan::Memory, e: anyhow::Error) -> anyhow::
             let [used, peak, free] = [m.used, m.peak, m.free].map(plan::gib);
             format!("{used} GiB in tensors now, {peak} GiB at most, {free} GiB free for anybody")
         });
-        let (planned, now) = (memory.device(), now.unwrap_or_else(|e| e.to_string()));
+        let (planned, now) = (memory.held(), now.unwrap_or_else(|e| e.to_string()));
         let what = format!("the card is out of memory: {} GiB were planned; {now}\n{memory}", plan::gib(planned));
         return UserError::new(what)
             .hint(format!(
@@ -203,10 +206,9 @@ pub struct Room {
     pub rates: Rates,
 }
 
-/// Device memory that is left to kernels that load late, the desktop and fragmentation; at least a 32nd of the card's
-/// (a plan of 137 of 139.8 GiB ran out). Plans of 22.4 GiB were seen with up to 23.5 in the driver's pool, and one ran
-/// out where it had 22.6.
-const MARGIN: u64 = 3 << 29;
+/// Device memory that is left to kernels that load late and to the desktop; at least a 64th of the card's. What lies
+/// between tensors is in the plan.
+const MARGIN: u64 = 1 << 29;
 
 impl Room {
     /// What there is on the device that `exec` computes on; a `--vram_budget` in GiB lowers it.
@@ -217,7 +219,7 @@ impl Room {
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, .. } = exec {
             let memory = gpu.memory()?;
-            let free = memory.free.saturating_sub(MARGIN.max(memory.total / 32));
+            let free = memory.free.saturating_sub(MARGIN.max(memory.total / 64));
             let device = vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
             let rates = Card::find(&gpu.card().name).map_or_else(Rates::default, |card| card.rates());
             return Ok(Self { target: Target::Cuda, budget: Budget { device, host }, rates });
@@ -289,7 +291,7 @@ pub fn forecast(
         Ok(plan::predict(&work, &room.rates, &plan.arrangement))
     };
     let seconds = buckets.iter().map(seconds).collect::<anyhow::Result<_>>()?;
-    Ok(Some(Forecast { device_bytes: plan.memory.device(), budget: plan.budget.device, seconds, assumed }))
+    Ok(Some(Forecast { device_bytes: plan.memory.held(), budget: plan.budget.device, seconds, assumed }))
 }
 
 fn work(
@@ -332,7 +334,7 @@ fn planned(
             Ok(Planned { plan, target: room.target, previews: 0, bucket, batch, offers })
         }
         Err(shortfall) => {
-            let more = match shortfall.memory.device() > shortfall.budget.device {
+            let more = match shortfall.memory.held() > shortfall.budget.device {
                 true => "or a card with more memory",
                 false => "more RAM, or a card with more memory",
             };

@@ -50,12 +50,12 @@ pub fn run(typed: &Typed, wanted: &str, as_json: bool) -> anyhow::Result<ExitCod
                     "{}",
                     json!({
                         "prediction": true, "card": card.name, "case": case, "s_per_step": plan.step_seconds,
-                        "planned_gib": plan.memory.device() as f64 / GIB, "host_gib": plan.memory.host() as f64 / GIB,
+                        "planned_gib": plan.memory.held() as f64 / GIB, "host_gib": plan.memory.host() as f64 / GIB,
                         "blocks_to_swap": plan.arrangement.blocks_to_swap,
                     })
                 ),
                 Ok(plan) => {
-                    let device = plan.memory.device() as f64 / GIB;
+                    let device = plan.memory.held() as f64 / GIB;
                     println!("{:10} {case:8} {:9.2}  {device:9.1}  {}", card.name, plan.step_seconds, plan.in_words());
                 }
                 Err(shortfall) => println!("{:10} {case:8} does not fit: {shortfall}", card.name),

@@ -93,7 +93,7 @@ pub fn offers(job: &Job, plan: &Plan, wishes: Wishes, rates: &Rates) -> Vec<Stri
 
 fn fits(job: &Job, memory: &Memory, budget: Budget) -> bool {
     let host = job.target == Target::Cpu || memory.host() <= budget.host;
-    memory.device() <= budget.device && host
+    memory.held() <= budget.device && host
 }
 
 /// The arrangement with as few blocks as possible saving to host memory, the first ones: those wait longest.
@@ -105,7 +105,7 @@ fn with_homes(job: &Job, prices: &Prices, budget: Budget, wishes: Wishes, a: Arr
         a
     };
     let fit = |count: usize| fits(job, &prices.of(&away(count)), budget);
-    let on_device = |count: usize| prices.of(&away(count)).device() <= budget.device;
+    let on_device = |count: usize| prices.of(&away(count)).held() <= budget.device;
     if job.target == Target::Cpu || !wishes.offload && fit(0) {
         return fit(0).then(|| away(0));
     }
@@ -241,7 +241,7 @@ fn least(job: &Job, wishes: Wishes) -> Arrangement {
 /// The same for a budget: what the card has room for needs no host memory.
 fn thriftiest(job: &Job, budget: Budget, wishes: Wishes) -> Arrangement {
     let least = least(job, wishes);
-    if job.target == Target::Cpu || price(job, &least).device() > budget.device {
+    if job.target == Target::Cpu || price(job, &least).held() > budget.device {
         return least;
     }
     let layers = job.arch.num_layers;
@@ -251,7 +251,7 @@ fn thriftiest(job: &Job, budget: Budget, wishes: Wishes) -> Arrangement {
         let ring_size = least.ring_size;
         swaps.clone().map(move |blocks_to_swap| Arrangement { blocks_to_swap, ring_size, saving: saving.clone() })
     });
-    let priced = candidates.map(|a| (price(job, &a), a)).filter(|(memory, _)| memory.device() <= budget.device);
+    let priced = candidates.map(|a| (price(job, &a), a)).filter(|(memory, _)| memory.held() <= budget.device);
     priced.min_by_key(|(memory, _)| memory.host()).map_or(least, |(_, a)| a)
 }
 
@@ -262,8 +262,8 @@ fn shortfall(job: &Job, budget: Budget, wishes: Wishes) -> Shortfall {
     let mut offer = |what: String, changed: &Job, wishes: Wishes| {
         let after = price(changed, &thriftiest(changed, budget, wishes));
         // Counted in what is short.
-        let saved = match memory.device() > budget.device {
-            true => memory.device().saturating_sub(after.device()),
+        let saved = match memory.held() > budget.device {
+            true => memory.held().saturating_sub(after.held()),
             false => memory.host().saturating_sub(after.host()),
         };
         if fits(changed, &after, budget) {
@@ -315,7 +315,10 @@ impl fmt::Display for Memory {
         for row in &self.rows {
             line(row.what, &gib(row.device), &gib(row.host))?;
         }
-        line("total", &gib(self.device()), &gib(self.host()))
+        if self.gaps > 0 {
+            line("between tensors", &gib(self.gaps), &gib(0))?;
+        }
+        line("total", &gib(self.held()), &gib(self.host()))
     }
 }
 
@@ -366,12 +369,12 @@ impl fmt::Display for Shortfall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let over = |need: u64, have: u64| gib(need.saturating_sub(have));
         let (m, b) = (&self.memory, &self.budget);
-        match m.device() > b.device {
+        match m.held() > b.device {
             true => write!(
                 f,
                 "even the thriftiest plan takes {} GiB, {} GiB more than the {} GiB there are",
-                gib(m.device()),
-                over(m.device(), b.device),
+                gib(m.held()),
+                over(m.held(), b.device),
                 gib(b.device)
             )?,
             false => write!(

@@ -106,11 +106,25 @@ pub struct Row {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Memory {
     pub rows: Vec<Row>,
+    /// Device memory that lies between tensors: see [`gaps`].
+    pub gaps: u64,
+}
+
+/// What a card's allocator holds beyond `tensors` bytes in tensors: pieces between them that fit nothing. Measured on an
+/// H200 as the pools' peak over that of the tensors: 0.9 GiB at 22, 2.2 at 134.
+fn gaps(tensors: u64) -> u64 {
+    (3 << 28) + tensors / 80
 }
 
 impl Memory {
+    /// Bytes in tensors on the device.
     pub fn device(&self) -> u64 {
         self.rows.iter().map(|r| r.device).sum()
+    }
+
+    /// Device memory that the process holds for them, gaps included: what a budget bounds.
+    pub fn held(&self) -> u64 {
+        self.device() + self.gaps
     }
 
     pub fn host(&self) -> u64 {
@@ -412,7 +426,8 @@ impl Prices {
         row(OF_A_STEP[1], peak.saturating_sub(kept), 0);
         row("scratch", self.scratch, 0);
         row("batches", self.batches, if self.cpu { 0 } else { self.batches });
-        Memory { rows }
+        let tensors = rows.iter().map(|r| r.device).sum();
+        Memory { rows, gaps: if self.cpu { 0 } else { gaps(tensors) } }
     }
 }
 
