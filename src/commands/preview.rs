@@ -20,7 +20,7 @@ use crate::cache::latents::{encode_frames, frames_to_tensor};
 use crate::config::RunConfig;
 use crate::data::{picture, resize, video};
 use crate::error::UserError;
-use crate::fsio::human;
+use crate::fsio::{self, human};
 use crate::train::batch::channels;
 use crate::train::preview::prompts::{self, Prompt};
 use crate::train::preview::sample::{Given, How};
@@ -181,16 +181,15 @@ pub fn prepare<'a>(
     let fps = if config.musubi_compat { MUSUBI_FPS } else { model.inference.fps as u32 };
     let dir = dir.join("sample");
     say(&format!("previews go to {} (PNG; clips as {} with {fps} frames a second)", dir.display(), write::MOVING));
+    // Also removes what a killed run has left there.
+    if let Err(e) = fsio::ensure_writable_dir(&dir) {
+        say(&format!("warning: previews cannot be written, training goes on without them: {e:#}"));
+    }
     let path = job.model_file("vae", Role::Vae, config.vae.as_ref())?;
     let vae = Box::new(move |wide: bool| {
         let how = VaeOptions { encoder: false, ..vae_numbers(job, exec) };
-        match (wide, how.compute, how.rounded_io) {
-            (false, ..) => load_vae(job, exec, &path, how).map(Some),
-            (true, DType::F16, false) => {
-                load_vae(job, exec, &path, VaeOptions { compute: DType::BF16, ..how }).map(Some)
-            }
-            (true, ..) => Ok(None),
-        }
+        let how = if wide { wider(how) } else { Some(how) };
+        how.map(|how| load_vae(job, exec, &path, how)).transpose()
     });
     Ok(Some(Previews { scenes, dir, name: name.clone(), fps, vae, stop: &job.stop }))
 }
@@ -221,7 +220,8 @@ fn pictures(job: &Job, exec: &Exec, prompts: &[Prompt]) -> anyhow::Result<std::c
         context_md: Tensor::zeros((0, job.model.arch.text_dim), DType::F32, &Device::Cpu)?,
         negative_md: None,
         y: None,
-        clip: job.model.arch.blank_clip(1, &Device::Cpu)?.filter(|_| !sees(job)),
+        // Fun Control without a picture; the old tool sends text rows through the image's weights instead.
+        clip: job.model.arch.blank_clip(1, &Device::Cpu)?.filter(|_| !sees(job) && !job.config.musubi_compat),
         first: None,
     };
     let needs = |p: &Prompt| p.image.is_some() || p.control_video.is_some();
@@ -229,12 +229,41 @@ fn pictures(job: &Job, exec: &Exec, prompts: &[Prompt]) -> anyhow::Result<std::c
         return Ok(prompts.iter().map(|_| none.clone()).collect());
     }
     let path = job.model_file("vae", Role::Vae, job.config.vae.as_ref())?;
-    let vae = load_vae(job, exec, &path, vae_numbers(job, exec).encoder_only())?;
+    let how = vae_numbers(job, exec).encoder_only();
+    let mut vae = load_vae(job, exec, &path, how)?;
     let clip = match sees(job) {
         true => Some(load_clip(job, &job.model_file("clip", Role::Clip, job.config.clip.as_ref())?, exec.device())?),
         false => None,
     };
-    prompts.iter().map(|prompt| one(job, prompt, &vae, clip.as_ref(), none.clone())).collect()
+    let mut all = std::collections::VecDeque::with_capacity(prompts.len());
+    for prompt in prompts {
+        let mut given = one(job, prompt, &vae, clip.as_ref(), none.clone())?;
+        if let (Some(wide), false) = (wider(how), proper(&given)?) {
+            vae = load_vae(job, exec, &path, wide)?;
+            given = one(job, prompt, &vae, clip.as_ref(), none.clone())?;
+        }
+        if !proper(&given)? {
+            let what = format!("{}: the VAE gives no proper numbers for its picture or video", prompt.place);
+            return Err(UserError::new(what).hint("take another one, or --vae_dtype float32").into());
+        }
+        all.push_back(given);
+    }
+    Ok(all)
+}
+
+/// The same in a dtype of wider range, where there is one: some pictures overflow fp16.
+fn wider(how: VaeOptions) -> Option<VaeOptions> {
+    (how.compute == DType::F16 && !how.rounded_io).then_some(VaeOptions { compute: DType::BF16, ..how })
+}
+
+/// Whether what the VAE made is finite.
+fn proper(given: &Given) -> anyhow::Result<bool> {
+    for tensor in [&given.y, &given.first].into_iter().flatten() {
+        if !tensor.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn one(job: &Job, prompt: &Prompt, vae: &Vae, clip: Option<&ClipVision>, none: Given) -> anyhow::Result<Given> {

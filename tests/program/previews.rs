@@ -133,6 +133,7 @@ fn a_preview_that_cannot_be_written_is_a_warning() {
     let out = bench.run("", &args);
     let said = text(&out);
     assert!(out.status.success(), "{said}");
+    assert!(said.contains("warning: previews cannot be written"), "{said}");
     assert!(
         said.contains("warning: no preview after epoch 1 of p.txt, line 1") && said.contains("training goes on"),
         "{said}"

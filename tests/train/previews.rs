@@ -4,8 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Tensor};
+use wan_kernels::philox::{stream, Philox};
 use wan_models::wan::{
-    random_weights, Lease, Numerics, Pass, ResidentWeights, SavePlan, SavePolicy, WanModel, WanWeights, WeightProvider,
+    random_weights, Lease, Numerics, Pass, ResidentWeights, SavePlan, SavePolicy, Timesteps, WanInputs, WanModel,
+    WanWeights, WeightProvider,
 };
 use wan_train::checkpoint::{Identity, TrainState};
 use wan_train::config::RunConfig;
@@ -266,4 +268,34 @@ fn a_clean_first_frame_stays_clean() {
     assert_eq!(values(&kept), values(given.first.as_ref().unwrap()));
     let rest = latent.narrow(2, 1, 1).unwrap().contiguous().unwrap();
     assert_ne!(values(&rest), values(&kept));
+}
+
+/// One step of UniPC is `x - sigma v` at sigma = 0.999 shifted, with the timestep cut to a whole one.
+#[test]
+fn a_single_step_is_the_models_own_prediction() {
+    let trained = run(|_| {}, 0, None, None).state;
+    let bench = Bench::new(data(5, 0, 1));
+    let mut trainer = bench.trainer(settings(|_| {}));
+    trainer.restore(&trained, std::path::Path::new("memory")).unwrap();
+    let how = How { seed: 77, guidance: [2.5, 9.0], ..how(1) };
+    let got = values(&sample(&trainer, &given(), &how, &mut |_| true).unwrap().unwrap());
+
+    let x = Philox::new(77, stream::PREVIEW, 0, 0).normal(&[1, 16, 2, 4, 4], &Device::Cpu).unwrap();
+    let sigma = 3.0 * f64::from(0.999f32) / (1.0 + 2.0 * f64::from(0.999f32));
+    let ask = |context: &Tensor| {
+        let inputs = WanInputs {
+            x: x.clone(),
+            t: Timesteps::PerSample(vec![(1000.0 * sigma).trunc() as f32]),
+            context: vec![context.clone()],
+            y: None,
+            clip_fea: None,
+            f_indices: None,
+        };
+        bench.model.predict(&bench.exec, &inputs, trainer.params(), &*bench.blocks, None).unwrap()
+    };
+    let (with, without) = (ask(&given().context_md), ask(given().negative_md.as_ref().unwrap()));
+    let v: Vec<f32> = values(&with).iter().zip(values(&without)).map(|(c, u)| u + 2.5 * (c - u)).collect();
+    for ((got, x), v) in got.iter().zip(values(&x)).zip(v) {
+        assert!((got - (x - sigma as f32 * v)).abs() < 1e-4, "{got}");
+    }
 }
