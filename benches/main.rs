@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::hint::black_box;
 use std::io::Write;
+use std::time::Instant;
 use wan_kernels::Exec;
 use wan_models::arch::ModelConfig;
 use wan_models::wan::{random_weights, Numerics, SavePlan, SavePolicy, Timesteps, WanInputs, WanModel, WanWeights};
@@ -115,33 +116,43 @@ fn reading(c: &mut Criterion) {
     (0..TENSORS).for_each(|_| file.write_all(&values).unwrap());
     drop((file, values));
 
-    let sources = [("mapped", Reading::Mapped), ("by position", Reading::Positional)]
-        .map(|(name, reading)| (name, Source::open_by(&path, reading).unwrap()));
-    for threads in [1, 2, 8] {
-        let mut group = c.benchmark_group(format!("read 1 GiB, {threads} threads"));
-        group.sample_size(10).throughput(Throughput::Bytes((TENSORS * TENSOR) as u64));
-        for (name, source) in &sources {
-            let each = |work: &(dyn Fn(usize, &mut [u8]) + Sync)| {
-                std::thread::scope(|scope| {
-                    for thread in 0..threads {
-                        scope.spawn(move || {
-                            let mut buffer = vec![1u8; PIECE];
-                            (thread..TENSORS).step_by(threads).for_each(|i| work(i, &mut buffer));
-                        });
+    let sources = [Reading::Mapped, Reading::Positional].map(|reading| Source::open_by(&path, reading).unwrap());
+    let read = |source: &Source, threads: usize, fresh: bool| {
+        let clock = Instant::now();
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                scope.spawn(move || {
+                    let mut buffer = vec![1u8; PIECE];
+                    for key in (thread..TENSORS).step_by(threads).map(|i| i.to_string()) {
+                        if fresh {
+                            black_box(source.bytes(&key).unwrap());
+                            continue;
+                        }
+                        for at in (0..TENSOR).step_by(PIECE) {
+                            source.read_part(&key, at, &mut buffer).unwrap();
+                        }
                     }
                 });
-            };
-            group.bench_function(format!("{name}, pieces into one buffer"), |b| {
-                b.iter(|| {
-                    each(&|i, buffer| {
-                        for at in (0..TENSOR).step_by(PIECE) {
-                            source.read_part(&i.to_string(), at, buffer).unwrap();
-                        }
-                    })
+            }
+        });
+        clock.elapsed()
+    };
+    for (threads, fresh) in [(1, false), (2, false), (8, false), (1, true)] {
+        let to = if fresh { "fresh memory" } else { "one buffer" };
+        let mut group = c.benchmark_group(format!("read 1 GiB to {to}, {threads} threads"));
+        group.sample_size(10).throughput(Throughput::Bytes((TENSORS * TENSOR) as u64));
+        for (name, own, other) in [("mapped", 0, 1), ("by position", 1, 0)] {
+            group.bench_function(name, |b| {
+                b.iter_custom(|n| {
+                    (0..n)
+                        .map(|_| {
+                            let took = read(&sources[own], threads, fresh);
+                            // The other way runs in between, so that both are measured on the same machine.
+                            read(&sources[other], threads, fresh);
+                            took
+                        })
+                        .sum()
                 })
-            });
-            group.bench_function(format!("{name}, tensors into fresh memory"), |b| {
-                b.iter(|| each(&|i, _| drop(black_box(source.bytes(&i.to_string()).unwrap()))))
             });
         }
         group.finish();
