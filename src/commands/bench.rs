@@ -199,6 +199,32 @@ pub mod on_card {
         skipped: usize,
         profiled: u64,
         peak: u64,
+        /// Bytes in tensors after each step, and what the pools held at most until then.
+        memory: Vec<[u64; 2]>,
+    }
+
+    impl Clock<'_> {
+        /// How the end of a long run differs from its beginning: the medians of the first and the last tenth of the counted
+        /// steps, and the memory after the first and the last of them. `None` for fewer than 20.
+        fn drift(&self) -> Option<serde_json::Value> {
+            let counted = 1..self.seconds.len().saturating_sub(1);
+            let tenth = counted.len() / 10;
+            if tenth < 2 {
+                return None;
+            }
+            let median = |steps: std::ops::Range<usize>| {
+                let mut seconds = self.seconds[steps].to_vec();
+                seconds.sort_by(f64::total_cmp);
+                seconds[seconds.len() / 2]
+            };
+            let gib = |step: usize| self.memory[step].map(|bytes| bytes as f64 / GIB);
+            let ([used, held], [used_then, held_then]) = (gib(counted.start), gib(counted.end - 1));
+            let (first, last) = (counted.start..counted.start + tenth, counted.end - tenth..counted.end);
+            Some(json!({
+                "s_first_tenth": median(first), "s_last_tenth": median(last),
+                "in_tensors_gib": [used, used_then], "held_gib": [held, held_then],
+            }))
+        }
     }
 
     impl Observer for Clock<'_> {
@@ -207,7 +233,9 @@ pub mod on_card {
             self.losses.push(step.loss);
             self.seconds.push(update.seconds);
             self.skipped += usize::from(update.skipped.is_some());
-            self.peak = self.gpu.memory().map_or(0, |m| m.peak);
+            let memory = self.gpu.memory().ok();
+            self.peak = memory.map_or(0, |m| m.peak);
+            self.memory.push(memory.map_or([0; 2], |m| [m.used, m.reserved_peak]));
             if step.step + 1 == self.profiled {
                 self.gpu.start_profile();
             }
@@ -308,6 +336,7 @@ pub mod on_card {
             // The last step is profiled and not counted: its events cost time.
             profiled: steps,
             peak: 0,
+            memory: Vec::new(),
         };
         trainer.run(&mut watch, &mut (), &AtomicBool::new(false)).map_err(explain)?;
         Ok((watch, ready))
@@ -347,7 +376,7 @@ pub mod on_card {
             "tokens": tokens, "tokens_per_s": tokens as f64 / median, "tflops": tflop / median,
             "peak_gib": peak, "reserved_gib": reserved, "planned_gib": plan_gib, "planned_held_gib": planned.memory.held() as f64 / GIB, "planned_s": planned.step_seconds, "prepare_s": prepared,
             "pinned_gib": gpu.stash_bytes() as f64 / GIB, "commit": env!("WAN_COMMIT"),
-            "losses": watch.losses, "skipped": watch.skipped,
+            "losses": watch.losses, "skipped": watch.skipped, "drift": watch.drift(),
             "ms_by_op": classes.iter().map(|(op, calls, ms)| json!([op, calls, ms])).collect::<Vec<_>>(),
         });
         if options.json {
@@ -363,6 +392,9 @@ pub mod on_card {
         );
         println!("peak memory in tensors: {peak:.2} GiB, planned {plan_gib:.2} GiB");
         gpu.stash_unpinned().iter().for_each(|why| println!("note: host memory is not pinned: {why}"));
+        if let Some(drift) = watch.drift() {
+            println!("first and last tenth of the steps: {drift}");
+        }
         println!("losses: {:?}", watch.losses);
         for (op, calls, ms) in classes {
             println!("{op:32} {calls:6} calls {ms:10.1} ms");
