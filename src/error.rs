@@ -43,6 +43,14 @@ impl fmt::Display for UserError {
 
 impl std::error::Error for UserError {}
 
+/// The head of a list of faults.
+pub fn wrong(count: usize) -> String {
+    match count {
+        1 => "one thing is wrong".into(),
+        n => format!("{n} things are wrong"),
+    }
+}
+
 /// The known name nearest to a mistyped one, if it is near enough to be worth saying.
 pub fn nearest<'a>(typed: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let typed = typed.replace('-', "_").to_lowercase();

@@ -15,7 +15,7 @@ use super::{plan, preview, weights};
 use crate::cache::{BucketKey, CacheReport};
 use crate::config::SHARED;
 use crate::data::{self, repair, Verdict};
-use crate::error::UserError;
+use crate::error::{wrong, UserError};
 use crate::fsio;
 use crate::loader::Source;
 use crate::report::{progress, Table};
@@ -73,9 +73,8 @@ impl Faults {
                 Ok(ExitCode::SUCCESS)
             }
             n => {
-                let things = if n == 1 { "one thing is".into() } else { format!("{n} things are") };
                 let list = self.0.join("\n").replace('\n', "\n  ");
-                Err(UserError::new(format!("{things} wrong:\n  {list}")).into())
+                Err(UserError::new(format!("{}:\n  {list}", wrong(n))).into())
             }
         }
     }

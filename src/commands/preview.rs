@@ -19,7 +19,7 @@ use super::text;
 use crate::cache::latents::{encode_frames, frames_to_tensor};
 use crate::config::RunConfig;
 use crate::data::{picture, resize, video};
-use crate::error::UserError;
+use crate::error::{wrong, UserError};
 use crate::fsio::{self, human};
 use crate::train::batch::channels;
 use crate::train::preview::prompts::{self, Prompt};
@@ -57,9 +57,8 @@ pub fn prompts(job: &Job) -> anyhow::Result<Vec<Prompt>> {
     match faults.len() {
         0 => Ok(all),
         n => {
-            let things = if n == 1 { "one thing is".into() } else { format!("{n} things are") };
             let list = faults.join("\n").replace('\n', "\n  ");
-            Err(UserError::new(format!("{things} wrong with the previews of {}:\n  {list}", path.display())).into())
+            Err(UserError::new(format!("{} with the previews of {}:\n  {list}", wrong(n), path.display())).into())
         }
     }
 }

@@ -306,10 +306,14 @@ impl Job {
         }
     }
 
-    /// The most that a preview takes beside what stays between steps: a forward pass is within a block's working set of a
-    /// step that keeps nothing, for as many tokens.
+    /// The most that a preview takes beside what stays between steps. Alive at the two widest moments of a forward pass (in
+    /// `L` rows): three streams, ffn.0, GELU, ffn.2; or three streams, q, k, v, two of them rotated, attention's and o, which
+    /// is more than cross-attention's part.
     pub fn preview_bytes(&self) -> u64 {
-        self.saved_bytes(SavePolicy::Recompute) + self.working_bytes(SavePolicy::Recompute, false) + self.batch_bytes()
+        let (d, f, n) = (self.arch.dim as u64, self.arch.ffn_dim as u64, self.arch.num_heads as u64);
+        let (c, s) = (self.compute_bytes, self.stream_bytes);
+        let widest = (2 * f * c + d * c).max(7 * d * c + 4 * n) + 3 * d * s;
+        self.tokens() * widest + self.low_rank_elements() * c + self.scratch_bytes() + self.batch_bytes()
     }
 
     /// What single operations need beside their arguments and results.
@@ -424,7 +428,7 @@ impl Prices {
         }
         row(OF_A_STEP[0], kept, away);
         row(OF_A_STEP[1], peak.saturating_sub(kept), 0);
-        row("scratch", self.scratch, 0);
+        row(OF_A_STEP[2], self.scratch, 0);
         row("batches", self.batches, if self.cpu { 0 } else { self.batches });
         let tensors = rows.iter().map(|r| r.device).sum();
         Memory { rows, gaps: if self.cpu { 0 } else { gaps(tensors) } }
@@ -432,7 +436,7 @@ impl Prices {
 }
 
 /// The rows of what is gone between two steps.
-pub const OF_A_STEP: [&str; 2] = ["saved activations", "working set of a block"];
+pub const OF_A_STEP: [&str; 3] = ["saved activations", "working set of a block", "scratch"];
 /// The rows of a model's weights.
 const WEIGHTS: [&str; 3] = ["embeddings, head, norms, biases", "resident blocks", "streamed blocks"];
 /// The same of two experts: both have their weights and their ring.

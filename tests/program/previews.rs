@@ -154,7 +154,7 @@ fn mistakes_are_found_before_anything_is_loaded() {
     refused(&run(&missing), 1, &["3 things are wrong", "line 2: width 15", "no-vae.pth", "no-t5.pth"]);
     refused(&bench.run("check", &[&["--sample_at_first"], &missing[..]].concat()), 1, &["line 2: width 15"]);
     // More than any machine has.
-    std::fs::write(bench.path("p.txt"), "A cat --w 8192 --h 8192 --f 4097\n").unwrap();
+    std::fs::write(bench.path("p.txt"), "A cat --w 8192 --h 8192 --f 4093\n").unwrap();
     refused(&run(&["--sample_prompts", "p.txt"]), 1, &["previews do not fit", "p.txt, line 1", "--w, --h, --f"]);
     refused(&bench.run("plan", &["--sample_prompts", "p.txt", "--sample_at_first"]), 1, &["previews do not fit"]);
     std::fs::write(bench.path("p.txt"), "A cat --w 64 --h 48\n").unwrap();

@@ -5,7 +5,9 @@ use wan_models::arch::{ModelConfig, WanArch};
 use wan_models::linear::Products;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 use wan_train::config::registry;
-use wan_train::plan::{choose, offers, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes};
+use wan_train::plan::{
+    choose, offers, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes, OF_A_STEP,
+};
 
 const GIB: u64 = 1 << 30;
 
@@ -69,6 +71,25 @@ fn tiny() -> Job {
 
 fn keep(job: &Job, keep: SavePolicy) -> Arrangement {
     Arrangement::uniform(job, keep, Home::Device)
+}
+
+#[test]
+fn a_preview_takes_less_than_one_block_of_a_step() {
+    for target in [Target::Cpu, Target::Cuda] {
+        let job = v21(target);
+        let memory = price(&job, &keep(&job, SavePolicy::Recompute));
+        let row = |what: &str| memory.row(what).unwrap().device;
+        // All blocks' inputs are saved in a step.
+        let others = 39 * job.saved_bytes(SavePolicy::Recompute);
+        let of_step = OF_A_STEP.iter().map(|what| row(what)).sum::<u64>() - others;
+        let preview = job.preview_bytes() - row("batches");
+        assert!(preview < of_step && preview > of_step / 3, "{preview} {of_step}");
+        let long = Job { latent: [21, 90, 160], ..job.clone() };
+        assert!(long.preview_bytes() > 3 * job.preview_bytes() && long.preview_bytes() < 4 * job.preview_bytes());
+    }
+    // A clip of 81 frames of 832 x 480 fits beside the fp8 weights on a card of 24 GB.
+    let job = Job { latent: [21, 60, 104], ..v21(Target::Cuda) };
+    assert!(job.preview_bytes() < 5 * GIB, "{}", job.preview_bytes());
 }
 
 #[test]

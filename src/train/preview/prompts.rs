@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::{Map, Value};
 
 use crate::config::line_column;
-use crate::error::{nearest, UserError};
+use crate::error::{nearest, wrong, UserError};
 
 /// One preview as the file asks for it.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -56,7 +56,8 @@ const OPTIONS: [(&str, &str, Takes); 14] = [
 const MOST_STEPS: u64 = 1000;
 /// More pixels than this in either direction are a slip of the keyboard.
 const MOST_SIDE: u64 = 8192;
-const MOST_FRAMES: u64 = 4097;
+/// 1024 latent frames: the model has angles for no more.
+const MOST_FRAMES: u64 = 4093;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Takes {
@@ -111,8 +112,9 @@ pub fn read(path: &Path) -> Result<Vec<Prompt>> {
         }
     };
     if !faults.0.is_empty() {
-        let things = if faults.0.len() == 1 { "one thing is".into() } else { format!("{} things are", faults.0.len()) };
-        return Err(UserError::usage(format!("{things} wrong in {shown}:\n  {}", faults.0.join("\n  "))).into());
+        return Err(
+            UserError::usage(format!("{} in {shown}:\n  {}", wrong(faults.0.len()), faults.0.join("\n  "))).into()
+        );
     }
     if prompts.is_empty() {
         return Err(UserError::usage(format!("{shown} holds no prompt"))
