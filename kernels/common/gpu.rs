@@ -218,13 +218,18 @@ impl Gpu {
     fn with_room<T>(&self, alloc: &dyn Fn() -> Result<T>) -> Result<T> {
         match alloc() {
             Err(e) if e.to_string().contains("OUT_OF_MEMORY") => {
-                let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
-                let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
-                emptied.and_then(|()| self.0.pools.trim()).map_err(|e| error(NAME, e.to_string()))?;
+                self.tidy()?;
                 alloc()
             }
             done => done,
         }
+    }
+
+    /// Waits for everything issued, and hands back what the pools hold and nobody uses.
+    pub fn tidy(&self) -> Result<()> {
+        let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
+        let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
+        emptied.and_then(|()| self.0.pools.trim()).map_err(|e| error(NAME, e.to_string()))
     }
 
     /// A buffer of at least `bytes`, the same for every call with this name: valid until the next such call, whose work

@@ -138,7 +138,8 @@ impl Planned {
     ) -> anyhow::Result<(u64, u64)> {
         let room = Room { target: self.target, budget: self.plan.budget, rates: Rates::default() };
         let work = work(job, &job.config, settings, &room, BucketKey { width, height, frames }, 1, &[])?;
-        Ok((work.preview_bytes(), self.plan.budget.device.saturating_sub(self.stays())))
+        let taken = self.stays() + self.plan.memory.gaps;
+        Ok((work.preview_bytes(), self.plan.budget.device.saturating_sub(taken)))
     }
 
     /// Bytes on the device between two steps.

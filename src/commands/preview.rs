@@ -171,9 +171,10 @@ pub fn prepare<'a>(
         let negative_md = if guided(&how) { context(&negatives[i]) } else { None };
         scenes.push((Given { context_md, negative_md, ..given }, how));
     }
-    // The peak is the training's, and that of the previews.
+    // The DiT finds the card as it was, and the peak will be the training's and the previews'.
     #[cfg(feature = "cuda")]
     if let Exec::Cuda { gpu, .. } = exec {
+        gpu.tidy()?;
         gpu.reset_peak()?;
     }
     let scenes = prompts.into_iter().zip(scenes).map(|(prompt, (given, how))| Scene { prompt, given, how }).collect();

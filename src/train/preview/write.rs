@@ -19,7 +19,7 @@ pub fn decode(vae: &Vae, latents: &Tensor, go_on: &mut dyn FnMut(usize) -> bool)
         if !go_on(f) {
             return Ok(None);
         }
-        for piece in decoder.push(&latents.narrow(2, f, 1)?)? {
+        for piece in decoder.push(&latents.narrow(2, f, 1)?.contiguous()?)? {
             let piece = piece.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
             let thwc = piece.squeeze(0)?.permute((1, 2, 3, 0))?.contiguous()?;
             let (_, h, w, _) = thwc.dims4()?;
