@@ -104,7 +104,14 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             rows.push(time::<LinearFp8>(exec, gpu, case(&what), &args, runs)?);
             if gpu.card().capability >= (8, 9) {
                 let weight = eight::by_rows(&weight)?;
-                let args = LinearEightArgs { x, weight: &weight, bias_o: Some(&bias), base: None, out: compute };
+                let args = LinearEightArgs {
+                    x,
+                    rounded: None,
+                    weight: &weight,
+                    bias_o: Some(&bias),
+                    base: None,
+                    out: compute,
+                };
                 rows.push(time::<LinearEight>(exec, gpu, case(&what), &args, runs)?);
                 let args = LinearEightBackwardArgs { dy, weight: &weight, base: None, out: compute };
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
@@ -113,7 +120,14 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
                 gpu.use_portable(*portable);
                 let case = case(&format!("{what}{}", if *portable { ", mma.sync" } else { "" }));
-                let args = LinearInt8Args { x, weight: &weight8, bias_o: Some(&bias), base: None, out: compute };
+                let args = LinearInt8Args {
+                    x,
+                    rounded: None,
+                    weight: &weight8,
+                    bias_o: Some(&bias),
+                    base: None,
+                    out: compute,
+                };
                 rows.push(time::<LinearInt8>(exec, gpu, case.clone(), &args, runs)?);
                 let args = LinearInt8BackwardArgs { dy, weight: &weight8, base: None, out: compute };
                 rows.push(time::<LinearInt8Backward>(exec, gpu, case, &args, runs)?);

@@ -388,8 +388,11 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                 let (x, dy, bias) = (&on(&x)?, &on(&dy)?, &on(&bias)?);
                 // A copy: the sum is written over it.
                 let bases = [on(&bases[0].copy()?)?, on(&bases[1].copy()?)?].map(Some);
-                let forward =
-                    |base| exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o: Some(bias), base, out });
+                let shared = int8::round(exec, x)?;
+                let forward = |base: Option<Tensor>| {
+                    let rounded = shared.as_ref().filter(|_| base.is_some());
+                    exec.run::<LinearInt8>(&LinearInt8Args { x, rounded, weight, bias_o: Some(bias), base, out })
+                };
                 let backward = |base| exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, base, out });
                 let [base_o, base_i] = bases;
                 Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
@@ -415,7 +418,7 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
     Ok(())
 }
 
-/// What is checked of each: without and with an addition.
+/// What is checked of each: without an addition, and with one and an input rounded beforehand.
 const INT8: [&str; 4] = ["linear_int8", "linear_int8_backward", "linear_int8, onto", "linear_int8_backward, onto"];
 const EIGHT: [&str; 4] = ["linear_eight", "linear_eight_backward", "linear_eight, onto", "linear_eight_backward, onto"];
 
@@ -437,8 +440,11 @@ fn eight(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                 let (x, dy, bias) = (&on(&x)?, &on(&dy)?, &on(&bias)?);
                 // A copy: the sum is written over it.
                 let bases = [on(&bases[0].copy()?)?, on(&bases[1].copy()?)?].map(Some);
-                let forward =
-                    |base| exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o: Some(bias), base, out });
+                let shared = eight::round(exec, x)?;
+                let forward = |base: Option<Tensor>| {
+                    let rounded = shared.as_ref().filter(|_| base.is_some());
+                    exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o: Some(bias), base, out })
+                };
                 let backward =
                     |base| exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out });
                 let [base_o, base_i] = bases;

@@ -88,6 +88,13 @@ impl Weight {
     }
 }
 
+/// An input rounded to 8 bit.
+#[derive(Debug, Clone)]
+pub enum Rounded {
+    Eight(eight::Rounded),
+    Int8(int8::Rounded),
+}
+
 /// `y = x Wᵀ + b` with a weight that never changes.
 #[derive(Debug, Clone)]
 pub struct Frozen {
@@ -137,12 +144,39 @@ impl Frozen {
 
     /// `x` `[.., i]` -> `x Wᵀ + b + base` `[.., o]` in `out`. The result may be written over `base`.
     pub fn forward(&self, exec: &Exec, x: &Tensor, base: Option<Tensor>, out: DType) -> Result<Tensor> {
+        self.forward_rounded(exec, x, None, base, out)
+    }
+
+    /// The same for an `x` that some linears share; `rounded` is what [`Frozen::rounded`] of one of them gave.
+    pub fn forward_rounded(
+        &self,
+        exec: &Exec,
+        x: &Tensor,
+        rounded: Option<&Rounded>,
+        base: Option<Tensor>,
+        out: DType,
+    ) -> Result<Tensor> {
         let bias_o = self.bias.as_ref();
+        Ok(match (&self.weight, rounded) {
+            (Weight::Dense(w), _) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, base, out })?,
+            (Weight::Fp8(weight), _) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out })?,
+            (Weight::Fp8Fast(weight), rounded) => {
+                let rounded = rounded.and_then(|r| if let Rounded::Eight(r) = r { Some(r) } else { None });
+                exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o, base, out })?
+            }
+            (Weight::Int8(weight), rounded) => {
+                let rounded = rounded.and_then(|r| if let Rounded::Int8(r) = r { Some(r) } else { None });
+                exec.run::<LinearInt8>(&LinearInt8Args { x, rounded, weight, bias_o, base, out })?
+            }
+        })
+    }
+
+    /// `x` as this linear's products take it, to be shared with its siblings; `None` where they take it as it is.
+    pub fn rounded(&self, exec: &Exec, x: &Tensor) -> Result<Option<Rounded>> {
         Ok(match &self.weight {
-            Weight::Dense(w) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, base, out })?,
-            Weight::Fp8(weight) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out })?,
-            Weight::Fp8Fast(weight) => exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, base, out })?,
-            Weight::Int8(weight) => exec.run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o, base, out })?,
+            Weight::Fp8Fast(_) => eight::round(exec, x)?.map(Rounded::Eight),
+            Weight::Int8(_) => int8::round(exec, x)?.map(Rounded::Int8),
+            Weight::Dense(_) | Weight::Fp8(_) => None,
         })
     }
 

@@ -58,10 +58,11 @@ impl<const N: usize> Siblings<'_, N> {
         let args = LinearArgs { x: x_bli, weight_oi: &stack.down_ri, bias_o: None, base: None, out };
         // With alpha = rank, as in the templates, there is nothing to scale.
         let h_blr = exec.scaled(exec.run::<Linear>(&args)?, loras[0].scale)?;
+        let rounded = self.sites[0].frozen.rounded(exec, x_bli)?;
         let ys = each(self.sites.iter().zip(&stack.ups_or).zip(stack.parts()).map(|((site, up_or), (at, r))| {
             let args = LinearArgs { x: &h_blr.narrow(2, at, r)?, weight_oi: up_or, bias_o: None, base: None, out };
             let delta = exec.run::<Linear>(&args)?;
-            site.frozen.forward(exec, x_bli, Some(delta), out)
+            site.frozen.forward_rounded(exec, x_bli, rounded.as_ref(), Some(delta), out)
         }))?;
         Ok(SiblingsOut { ys, low: Low::Stacked(h_blr) })
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{LinearInt8Args, LinearInt8BackwardArgs, Weight, BLOCK, SUMS};
+use super::{LinearInt8Args, LinearInt8BackwardArgs, Rounded, Weight, BLOCK, SUMS};
 use crate::common::blas::Int8;
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::linear::cuda::row_launch;
@@ -45,7 +45,14 @@ pub(super) fn forward(gpu: &Gpu, op: &'static str, a: &LinearInt8Args<'_>) -> Re
     let codes = View::new(op, a.weight.codes_oi())?;
     let [outer, inner] = scales(op, a.weight)?;
     let bias = a.bias_o.map(|bias| View::new(op, bias)).transpose()?;
-    let rows = Rows::new(gpu, op, a.x, [0, 0])?;
+    let rounded;
+    let rows = match a.rounded {
+        Some(rounded) => rounded,
+        None => {
+            rounded = Rounded::new(gpu, op, a.x, [0, 0])?;
+            &rounded
+        }
+    };
     let right = Right { codes: codes.address, columns: o, inner, outer, bias: bias.as_ref(), base: a.base.as_ref() };
     rows.times(gpu, op, &right, a.x, i, a.out)
 }
@@ -57,7 +64,7 @@ pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'
     let across = gpu.scratch("weight", o * i)?;
     let args = [Arg::ptr(codes.address), Arg::ptr(across), Arg::i32(o), Arg::i32(i)];
     gpu.launch(FILE, "int8_transpose", Launch::blocks((i / BLOCK, o / BLOCK, 1), 256), &args)?;
-    let rows = Rows::new(gpu, op, a.dy, scales(op, a.weight)?)?;
+    let rows = Rounded::new(gpu, op, a.dy, scales(op, a.weight)?)?;
     let right = Right { codes: across, columns: i, inner: 0, outer: 0, bias: None, base: a.base.as_ref() };
     rows.times(gpu, op, &right, a.dy, o, a.out)
 }
@@ -66,12 +73,6 @@ pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'
 fn scales(op: &'static str, weight: &Weight) -> Result<[u64; 2]> {
     let outer = View::new(op, weight.scales_2o())?.address;
     Ok([outer, outer + 4 * weight.shape()[0] as u64])
-}
-
-/// Rotated and rounded rows.
-struct Rows {
-    codes: Tensor,
-    scales: Tensor,
 }
 
 /// The other operand, its rows along the summed axis, and what becomes of the sums; 0: no such vector.
@@ -84,8 +85,8 @@ struct Right<'a> {
     base: Option<&'a Tensor>,
 }
 
-impl Rows {
-    fn new(gpu: &Gpu, op: &'static str, t: &Tensor, [outer, inner]: [u64; 2]) -> Result<Self> {
+impl Rounded {
+    pub(super) fn new(gpu: &Gpu, op: &'static str, t: &Tensor, [outer, inner]: [u64; 2]) -> Result<Self> {
         let width = t.dims()[t.rank() - 1];
         let count = t.elem_count() / width;
         // The library multiplies whole sixteens of rows: what lies behind the last one is read and its sums are not.
@@ -104,7 +105,7 @@ impl Rows {
         ];
         let blocks = Launch::blocks((count, 1, 1), threads);
         gpu.launch(FILE, &format!("int8_rows_{trips}"), blocks, &args)?;
-        Ok(Rows { codes, scales })
+        Ok(Rounded { codes, scales })
     }
 
     fn times(

@@ -17,7 +17,9 @@ fn cpu(values: Vec<f32>, shape: (usize, usize)) -> Tensor {
 }
 
 fn forward(x: &Tensor, weight: &Weight, bias_o: Option<&Tensor>) -> Tensor {
-    Exec::cpu().run::<LinearInt8>(&LinearInt8Args { x, weight, bias_o, base: None, out: DType::F32 }).unwrap()
+    Exec::cpu()
+        .run::<LinearInt8>(&LinearInt8Args { x, rounded: None, weight, bias_o, base: None, out: DType::F32 })
+        .unwrap()
 }
 
 fn backward(dy: &Tensor, weight: &Weight) -> Tensor {
@@ -136,7 +138,7 @@ fn the_error_is_below_that_of_fp8() {
     let (int8, out) = (Weight::quantize(&weight_oi).unwrap(), DType::F32);
     let fp8 = fp8::Weight::quantize(&weight_oi, fp8::Granularity::Block).unwrap();
     let fp8 = crate::linear::eight::by_rows(&fp8).unwrap();
-    let args = crate::linear::LinearEightArgs { x: &x, weight: &fp8, bias_o: None, base: None, out };
+    let args = crate::linear::LinearEightArgs { x: &x, rounded: None, weight: &fp8, bias_o: None, base: None, out };
     let y8 = Exec::cpu().run::<crate::linear::LinearEight>(&args).unwrap();
     let args = crate::linear::LinearEightBackwardArgs { dy: &dy, weight: &fp8, base: None, out };
     let dx8 = Exec::cpu().run::<crate::linear::LinearEightBackward>(&args).unwrap();
@@ -167,7 +169,7 @@ fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
 fn leading_axes_and_dtypes_are_kept() {
     let weight = Weight::quantize(&normal(2, &[64, 128])).unwrap();
     let x = normal(1, &[2, 3, 128]).to_dtype(DType::BF16).unwrap();
-    let args = LinearInt8Args { x: &x, weight: &weight, bias_o: None, base: None, out: DType::BF16 };
+    let args = LinearInt8Args { x: &x, rounded: None, weight: &weight, bias_o: None, base: None, out: DType::BF16 };
     let y = Exec::cpu().run::<LinearInt8>(&args).unwrap();
     assert_eq!((y.dims(), y.dtype()), (&[2, 3, 64][..], DType::BF16));
     let flat = forward(&x.reshape((6, 128)).unwrap(), &weight, None);
@@ -188,7 +190,14 @@ fn the_gates_name_what_is_wrong() {
     let scales = weight.scales_2o().narrow(0, 0, 1).unwrap();
     assert!(refused(Weight::new(weight.codes_oi().clone(), scales)).contains("scales_2o has shape [1, 64]"));
     let exec = Exec::cpu();
-    let args = LinearInt8Args { x: &normal(1, &[3, 64]), weight: &weight, bias_o: None, base: None, out: DType::F32 };
+    let args = LinearInt8Args {
+        x: &normal(1, &[3, 64]),
+        rounded: None,
+        weight: &weight,
+        bias_o: None,
+        base: None,
+        out: DType::F32,
+    };
     assert!(refused(exec.run::<LinearInt8>(&args)).contains("linear_int8: x"));
     let args = LinearInt8BackwardArgs { dy: &normal(1, &[3, 128]), weight: &weight, base: None, out: DType::F32 };
     assert!(refused(exec.run::<LinearInt8Backward>(&args)).contains("linear_int8_backward: dy"));

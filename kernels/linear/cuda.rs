@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::eight::Rounded;
 use crate::common::blas::{Eight, Matrix, Product};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::{fp8, Result};
@@ -171,11 +172,28 @@ pub(super) fn by_rows(gpu: &Gpu, weight: &fp8::Weight) -> Result<fp8::Weight> {
     fp8::Weight::new(made, rows)
 }
 
-/// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`; then bias and base.
+/// Rows of `x` rounded to e4m3, each with its scale; before that times a vector of factors, where its address is not 0.
+pub(super) fn rounded_rows(gpu: &Gpu, op: &'static str, x: &Tensor, factors: u64) -> Result<Rounded> {
+    let width = super::last(x);
+    let rows = x.elem_count() / width;
+    let (codes, scales) = (gpu.empty((rows, width), DType::U8)?, gpu.empty(rows, DType::F32)?);
+    // A view may be a copy: it is held until the kernel is issued.
+    let from = View::new(op, x)?;
+    let (to, by) = (View::new(op, &codes)?.address, View::new(op, &scales)?.address);
+    let args = [Arg::tensor(&from), Arg::ptr(factors), Arg::ptr(to), Arg::ptr(by), Arg::i32(width)];
+    let (trips, threads) = row_launch(width);
+    gpu.launch(EIGHT, &format!("eight_rows_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
+    Ok(Rounded { codes, scales })
+}
+
+/// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`; then bias and base. `like` has the shape that
+/// `left` had.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn eight(
     gpu: &Gpu,
     op: &'static str,
-    left: &Tensor,
+    like: &Tensor,
+    left: &Rounded,
     weight: &fp8::Weight,
     transposed: bool,
     [bias, base]: [Option<&Tensor>; 2],
@@ -183,7 +201,7 @@ pub(super) fn eight(
 ) -> Result<Tensor> {
     let [o, i] = weight.shape();
     let (inner, columns) = if transposed { (i, o) } else { (o, i) };
-    let rows = left.elem_count() / inner;
+    let rows = like.elem_count() / inner;
     let codes = View::new(op, weight.codes_oi())?;
     let scale_o = View::new(op, weight.scale())?.address;
     let right = match transposed {
@@ -197,23 +215,10 @@ pub(super) fn eight(
         }
     };
 
-    let (left_codes, left_scales) = (gpu.empty((rows, inner), DType::U8)?, gpu.empty(rows, DType::F32)?);
-    let (left_codes, left_scales) = (View::new(op, &left_codes)?, View::new(op, &left_scales)?);
-    // A view may be a copy: it is held until the kernel is issued.
-    let left_view = View::new(op, left)?;
-    let args = [
-        Arg::tensor(&left_view),
-        Arg::ptr(if transposed { 0 } else { scale_o }),
-        Arg::ptr(left_codes.address),
-        Arg::ptr(left_scales.address),
-        Arg::i32(inner),
-    ];
-    let (trips, threads) = row_launch(inner);
-    gpu.launch(EIGHT, &format!("eight_rows_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
-
+    let (left_codes, left_scales) = (View::new(op, &left.codes)?, View::new(op, &left.scales)?);
     let result = result_dtype(compute, out);
-    let mut shape = left.dims().to_vec();
-    shape[left.rank() - 1] = columns;
+    let mut shape = like.dims().to_vec();
+    shape[like.rank() - 1] = columns;
     let y = output(gpu, op, shape, base, result, out)?;
     let y_view = View::new(op, &y)?;
     let bias = bias.map(|bias| operand(gpu, op, bias, result)).transpose()?;

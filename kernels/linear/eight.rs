@@ -13,12 +13,31 @@ use crate::common::gpu::Gpu;
 use crate::fp8::codec;
 use crate::{fp8, gate, num, Cost, Op, Result};
 
+/// Rows rounded once for several products, on a card: codes [l, i] U8 and their scales [l] F32.
+#[derive(Debug, Clone)]
+pub struct Rounded {
+    pub(super) codes: Tensor,
+    pub(super) scales: Tensor,
+}
+
+/// `x` [.., i] as [`LinearEight`] rounds it. `None` off the card, where each product rounds for itself.
+pub fn round(exec: &crate::Exec, x: &Tensor) -> Result<Option<Rounded>> {
+    #[cfg(feature = "cuda")]
+    if let crate::Exec::Cuda { gpu, .. } = exec {
+        return gpu.timed(LinearEight::NAME, || Ok(Some(cuda::rounded_rows(gpu, LinearEight::NAME, x, 0)?)));
+    }
+    let _ = (exec, x);
+    Ok(None)
+}
+
 /// `y = x·Wᵀ + bias + base` by 8-bit products.
 pub struct LinearEight;
 
 /// `x` [.., i], `weight` [o, i] [`by_rows`], `bias_o` [o], `base` [.., o], see the module above; the result is [.., o].
 pub struct LinearEightArgs<'a> {
     pub x: &'a Tensor,
+    /// `x` after [`round`], where several products share it.
+    pub rounded: Option<&'a Rounded>,
     pub weight: &'a fp8::Weight,
     pub bias_o: Option<&'a Tensor>,
     pub base: Option<Tensor>,
@@ -95,6 +114,12 @@ impl Op for LinearEight {
 
     fn check(a: &LinearEightArgs<'_>) -> Result<()> {
         check_weight(Self::NAME, a.weight)?;
+        if let Some(rounded) = a.rounded {
+            let i = a.weight.shape()[1];
+            let rows = a.x.elem_count() / i;
+            gate::shape(Self::NAME, "rounded", &rounded.codes, &[rows, i], "the rows of x")?;
+            gate::shape(Self::NAME, "rounded's scales", &rounded.scales, &[rows], "the rows of x")?;
+        }
         check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }
 
@@ -112,7 +137,14 @@ impl Op for LinearEight {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearEightArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        cuda::eight(gpu, Self::NAME, a.x, a.weight, true, [a.bias_o, a.base.as_ref()], (compute, a.out))
+        let added = [a.bias_o, a.base.as_ref()];
+        match a.rounded {
+            Some(rounded) => cuda::eight(gpu, Self::NAME, a.x, rounded, a.weight, true, added, (compute, a.out)),
+            None => {
+                let rounded = &cuda::rounded_rows(gpu, Self::NAME, a.x, 0)?;
+                cuda::eight(gpu, Self::NAME, a.x, rounded, a.weight, true, added, (compute, a.out))
+            }
+        }
     }
 }
 
@@ -139,7 +171,10 @@ impl Op for LinearEightBackward {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearEightBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        cuda::eight(gpu, Self::NAME, a.dy, a.weight, false, [None, a.base.as_ref()], (compute, a.out))
+        let scale_o = crate::common::gpu::View::new(Self::NAME, a.weight.scale())?.address;
+        let rounded = &cuda::rounded_rows(gpu, Self::NAME, a.dy, scale_o)?;
+        let added = [None, a.base.as_ref()];
+        cuda::eight(gpu, Self::NAME, a.dy, rounded, a.weight, false, added, (compute, a.out))
     }
 }
 

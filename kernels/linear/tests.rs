@@ -139,8 +139,9 @@ fn eight_bit_products_stay_near_those_of_the_same_weight() {
         let (weight, out) = (&weight, DType::F32);
         let want =
             exec.run::<LinearFp8>(&LinearFp8Args { x: &x, weight, bias_o: Some(&bias), base: None, out }).unwrap();
-        let got =
-            exec.run::<LinearEight>(&LinearEightArgs { x: &x, weight, bias_o: Some(&bias), base: None, out }).unwrap();
+        let got = exec
+            .run::<LinearEight>(&LinearEightArgs { x: &x, rounded: None, weight, bias_o: Some(&bias), base: None, out })
+            .unwrap();
         // Two roundings to four bits: 2.6 % each of a product, less of a sum with its bias.
         let error = l2_error(&got, &want);
         assert!(error > 1e-4 && error < 0.05, "{error}");
@@ -165,21 +166,28 @@ fn eight_bit_products_of_codes_are_exact() {
     };
     let (x, w) = (codes(1, 7, 64), codes(2, 16, 64));
     let weight = eight::by_rows(&Weight::quantize(&w, Granularity::Channel).unwrap()).unwrap();
-    let args = LinearEightArgs { x: &x, weight: &weight, bias_o: None, base: None, out: DType::F32 };
+    let args = LinearEightArgs { x: &x, rounded: None, weight: &weight, bias_o: None, base: None, out: DType::F32 };
     assert_close(&Exec::cpu().run::<LinearEight>(&args).unwrap(), &linear(&x, &w, None), 1e-6);
 }
 
 #[test]
 fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
     let weight = Weight::quantize(&normal(2, &[16, 64]), Granularity::Block).unwrap();
-    let args = LinearEightArgs { x: &normal(1, &[3, 64]), weight: &weight, bias_o: None, base: None, out: DType::F32 };
+    let args = LinearEightArgs {
+        x: &normal(1, &[3, 64]),
+        rounded: None,
+        weight: &weight,
+        bias_o: None,
+        base: None,
+        out: DType::F32,
+    };
     assert!(refused(Exec::cpu().run::<LinearEight>(&args)).contains("one fp32 scale an output"));
     let weight = eight::by_rows(&weight).unwrap();
     let mut values = values(&normal(1, &[3, 64]));
     values[5] = f32::NAN;
     values[64..128].fill(0.0);
     let x = Tensor::from_vec(values, (3, 64), &candle_core::Device::Cpu).unwrap();
-    let args = LinearEightArgs { x: &x, weight: &weight, bias_o: None, base: None, out: DType::F32 };
+    let args = LinearEightArgs { x: &x, rounded: None, weight: &weight, bias_o: None, base: None, out: DType::F32 };
     let y = Exec::cpu().run::<LinearEight>(&args).unwrap().to_vec2::<f32>().unwrap();
     assert!(y[0].iter().all(|v| v.is_nan()));
     assert!(y[1].iter().all(|v| *v == 0.0));
@@ -203,7 +211,9 @@ fn an_addition_in_the_product_is_the_sum_of_both() {
     adds(onto_o, &|base| exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out }).unwrap());
     adds(onto_i, &|base| exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out }).unwrap());
     let weight = &eight::by_rows(weight).unwrap();
-    adds(onto_o, &|base| exec.run::<LinearEight>(&LinearEightArgs { x, weight, bias_o, base, out }).unwrap());
+    adds(onto_o, &|base| {
+        exec.run::<LinearEight>(&LinearEightArgs { x, rounded: None, weight, bias_o, base, out }).unwrap()
+    });
     adds(onto_i, &|base| exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out }).unwrap());
 
     let args = LinearFp8BackwardArgs { dy, weight, base: Some(normal(3, &[2, 5, 63])), out };

@@ -53,6 +53,14 @@ const SHIFT_FFN: usize = 3;
 const SCALE_FFN: usize = 4;
 const GATE_FFN: usize = 5;
 
+/// The residual stream around cross-attention, as backward begins: what of it takes no work of its own to have.
+enum Stream {
+    /// Before it, and what it adds.
+    Before { x1_bld: Tensor, cross_bld: Tensor },
+    /// Behind it; what was before is made again when it is needed.
+    Behind { x2_bld: Tensor },
+}
+
 impl Block<'_> {
     /// `x` `[b, l, d]` to the block's output; nothing is kept.
     pub fn predict(&self, w: &BlockWeights, x_bld: &Tensor, probe: &mut Probe) -> Result<Tensor> {
@@ -212,12 +220,11 @@ impl Block<'_> {
     ) -> Result<Option<Tensor>> {
         let BlockSaved { x_bld, kept } = saved;
         let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
-        // `x1` is needed at both ends of the cross-attention part: in between only what it was made from is held.
-        let (self_attn, cross_attn, x2_bld, ffn) = match kept {
+        let (self_attn, cross_attn, stream, ffn) = match kept {
             Kept::All(products) => {
                 let Products { self_attn, cross_attn, cross_bld, ffn } = *products;
                 let x1_bld = self.gated(&x_bld, &self_attn.o.y, &mods.get(GATE_SA)?)?;
-                (self_attn, cross_attn, self.added(&x1_bld, &cross_bld)?, ffn)
+                (self_attn, cross_attn, Stream::Before { x1_bld, cross_bld }, ffn)
             }
             Kept::Attention(attn) => self.again(w, &mods, &x_bld, Some(attn))?,
             Kept::Nothing => self.again(w, &mods, &x_bld, None)?,
@@ -231,6 +238,13 @@ impl Block<'_> {
         drop((g_blf, df2_bld, second_h));
         let df0_blf = self.exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x: &f0_blf, dy: &dg_blf })?;
         drop((dg_blf, f0_blf));
+        let (x1_bld, x2_bld) = match stream {
+            Stream::Before { x1_bld, cross_bld } => {
+                let x2_bld = self.added(&x1_bld, &cross_bld)?;
+                (Some(x1_bld), x2_bld)
+            }
+            Stream::Behind { x2_bld } => (None, x2_bld),
+        };
         let h2_bld = self.modulated(&x2_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
         let dh2_bld = self.linear_backward("ffn.0", &w.ffn_0, &h2_bld, f0_h.as_ref(), &df0_blf, sink)?;
         drop((df0_blf, h2_bld, f0_h));
@@ -258,7 +272,10 @@ impl Block<'_> {
         let dcq_bld = self.rms_backward(&cq_bld, &cross.norm_q, &dcq_blnh.flatten_from(2)?)?;
         drop((dcq_blnh, cq_bld));
         let SelfAttention { qkv, attn, o } = self_attn;
-        let x1_bld = self.gated(&x_bld, &o.y, &mods.get(GATE_SA)?)?;
+        let x1_bld = match x1_bld {
+            Some(x1_bld) => x1_bld,
+            None => self.gated(&x_bld, &o.y, &mods.get(GATE_SA)?)?,
+        };
         let o_h = o.h;
         drop(o.y);
         let h3_bld = self.norm3(w, &x1_bld)?;
@@ -299,13 +316,13 @@ impl Block<'_> {
         mods: &Modulation,
         x_bld: &Tensor,
         attn: Option<AttnOut>,
-    ) -> Result<(SelfAttention, CrossAttention, Tensor, FeedForward)> {
+    ) -> Result<(SelfAttention, CrossAttention, Stream, FeedForward)> {
         let mut probe = Probe::off();
         let (self_attn, x1_bld) = self.self_attention(w, mods, x_bld, attn, &mut probe)?;
         let (cross_attn, cross_bld) = self.cross_attention(w, &x1_bld, &mut probe)?;
         let x2_bld = self.added(&x1_bld, &cross_bld)?;
         drop((x1_bld, cross_bld));
         let ffn = self.feed_forward(w, mods, &x2_bld)?;
-        Ok((self_attn, cross_attn, x2_bld, ffn))
+        Ok((self_attn, cross_attn, Stream::Behind { x2_bld }, ffn))
     }
 }

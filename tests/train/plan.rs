@@ -267,9 +267,9 @@ fn what_does_not_fit_says_by_how_much_and_what_would() {
     let text = choose(&v21(Target::Cuda), no_ram, Wishes::default(), &Rates::default()).unwrap_err().to_string();
     assert!(text.contains("host memory"), "{text}");
     // A remedy that is said to fit does, and what the card has room for is not asked of the host.
-    let (two, little_ram) = (Job { models: 2, ..v21(Target::Cuda) }, Budget { device: 25 * GIB, host: 16 * GIB });
+    let (two, little_ram) = (Job { models: 2, ..v21(Target::Cuda) }, Budget { device: 26 * GIB, host: 16 * GIB });
     let short = choose(&two, little_ram, Wishes::default(), &Rates::default()).unwrap_err();
-    assert!(short.memory.held() > 23 * GIB && short.memory.held() <= 25 * GIB, "{}", short.memory);
+    assert!(short.memory.held() > 24 * GIB && short.memory.held() <= 26 * GIB, "{}", short.memory);
     assert!(short.to_string().contains("one model at a time: fits"), "{short}");
     choose(&v21(Target::Cuda), little_ram, Wishes::default(), &Rates::default()).unwrap();
 }
@@ -370,7 +370,7 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
         // What the pools held, in rows since there are two of them.
         if let Some(held) = row["planned_held_gib"].as_f64() {
             let (reserved, limit) = (row["reserved_gib"].as_f64().unwrap(), planned.held() as f64 / GIB as f64);
-            assert!(reserved <= 1.005 * limit, "{line}: {limit:.2} GiB planned, {held:.2} then, {reserved:.2} held");
+            assert!(reserved <= 1.02 * limit, "{line}: {limit:.2} GiB planned, {held:.2} then, {reserved:.2} held");
         }
         let planned = planned.device() as f64 / GIB as f64;
         let peak = row["peak_gib"].as_f64().unwrap();
