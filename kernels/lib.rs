@@ -23,6 +23,7 @@ pub mod fp8;
 pub mod gate_residual;
 pub mod gelu;
 pub mod heap;
+mod held;
 pub mod int8;
 pub mod linear;
 pub mod norm;

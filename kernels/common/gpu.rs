@@ -24,6 +24,7 @@ pub use super::copy::Pinned;
 use super::pool::Pools;
 use super::stash::Stash;
 pub use super::stash::{Staging, Unloading};
+use crate::held::Held;
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
@@ -52,6 +53,7 @@ struct Inner {
     scratch: Mutex<HashMap<&'static str, CudaSlice<u8>>>,
     /// Behind everything that lies in them.
     pools: Pools,
+    held: Mutex<Held>,
     profile: Mutex<Option<Vec<Timed>>>,
     portable: AtomicBool,
 }
@@ -74,7 +76,8 @@ pub struct Memory {
     pub used: u64,
     /// In tensors at most, since the last [`Gpu::reset_peak`].
     pub peak: u64,
-    /// Held by the pool at most.
+    /// Held by the pools now, and at most.
+    pub reserved: u64,
     pub reserved_peak: u64,
     /// Free on the card, for anybody.
     pub free: u64,
@@ -111,6 +114,7 @@ impl Gpu {
             leaving,
             stash: Stash::default(),
             pools,
+            held: Mutex::default(),
             card,
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -309,12 +313,29 @@ impl Gpu {
             Ok(Memory {
                 used: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
                 peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+                reserved: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
                 reserved_peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
                 free: free as u64,
                 total: total as u64,
             })
         };
         read().map_err(|e| error(NAME, e.to_string()))
+    }
+
+    /// See [`crate::Exec::plan_held`].
+    pub(crate) fn plan_held(&self, bytes: u64) {
+        lock(&self.0.held).plan(bytes);
+    }
+
+    /// See [`crate::Exec::end_of_step`].
+    pub(crate) fn end_of_step(&self) -> Result<()> {
+        let failed = |e: result::DriverError| error(NAME, e.to_string());
+        let reserved = self.0.pools.value(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+        if !lock(&self.0.held).grew(reserved.map_err(failed)?) {
+            return Ok(());
+        }
+        self.synchronize()?;
+        self.0.pools.trim().map_err(failed)
     }
 
     /// The peaks start again from what is in use now.

@@ -199,7 +199,7 @@ pub mod on_card {
         skipped: usize,
         profiled: u64,
         peak: u64,
-        /// Bytes in tensors after each step, and what the pools held at most until then.
+        /// Bytes in tensors after each step, and what the pools held then.
         memory: Vec<[u64; 2]>,
     }
 
@@ -235,7 +235,7 @@ pub mod on_card {
             self.skipped += usize::from(update.skipped.is_some());
             let memory = self.gpu.memory().ok();
             self.peak = memory.map_or(0, |m| m.peak);
-            self.memory.push(memory.map_or([0; 2], |m| [m.used, m.reserved_peak]));
+            self.memory.push(memory.map_or([0; 2], |m| [m.used, m.reserved]));
             if step.step + 1 == self.profiled {
                 self.gpu.start_profile();
             }
@@ -328,6 +328,7 @@ pub mod on_card {
         gpu.synchronize()?;
         let ready = Instant::now();
         gpu.reset_peak()?;
+        exec.plan_held(planned.memory.held());
         let mut watch = Clock {
             gpu,
             seconds: Vec::new(),

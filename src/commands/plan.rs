@@ -99,6 +99,11 @@ impl Planned {
         self.target == Target::Cuda
     }
 
+    /// Device memory that steps are planned to hold.
+    pub fn held(&self) -> u64 {
+        self.plan.memory.held()
+    }
+
     /// Lines that hold the measured peak against the plan; none on the CPU.
     pub fn measured(&self, exec: &Exec) -> Vec<String> {
         #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]

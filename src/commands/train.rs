@@ -118,6 +118,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
         [] => anyhow::bail!("a run without a model"),
     };
     let save_plan = plan.save_plan();
+    exec.plan_held(plan.held());
     let parts = Parts { exec: &exec, models, save_plan: &save_plan, items: &index };
     let base = base_name(&sources, settings.shared_boundary);
     let identity = Identity { task: config.task.clone(), base, ..Identity::default() };

@@ -211,6 +211,9 @@ impl<'a> Trainer<'a> {
                     true => Some(self.update(&mut group, &mut since)?),
                     false => None,
                 };
+                if due {
+                    self.parts.exec.end_of_step()?;
+                }
                 let average = self.history.average();
                 observer.micro_step(&MicroStep {
                     step: self.position.step + u64::from(!due),
