@@ -171,19 +171,28 @@ fn continued(job: &Job, state: Option<PathBuf>) -> anyhow::Result<(RunConfig, Op
         return Ok((config, None));
     };
     let state = TrainState::load(&dir)?;
-    if let Ok(saved) = serde_json::from_value::<RunConfig>(state.config.clone()) {
-        let typed = |name: &str| matches!(job.resolved.origin.get(name), Some(Layer::Flag | Layer::File(_)));
-        if !typed("output_name") {
-            config.output_name = saved.output_name;
-        }
-        if !typed("output_dir") && !typed("run_dir") {
-            config.output_dir = saved.output_dir;
-        }
-        if !typed("logging_dir") && !typed("run_dir") {
-            config.logging_dir = saved.logging_dir;
+    let typed = |name: &str| matches!(job.resolved.origin.get(name), Some(Layer::Flag | Layer::File(_)));
+    keep_names(&mut config, &state.config, typed);
+    Ok((config, Some((dir, state))))
+}
+
+/// Takes over the names that a state was saved under, unless they were `typed`. They are read one by one: the state may be
+/// of a version with other options.
+fn keep_names(config: &mut RunConfig, saved: &serde_json::Value, typed: impl Fn(&str) -> bool) {
+    fn take<T: serde::de::DeserializeOwned>(saved: &serde_json::Value, name: &str, to: &mut T) {
+        if let Some(value) = saved.get(name).and_then(|value| T::deserialize(value).ok()) {
+            *to = value;
         }
     }
-    Ok((config, Some((dir, state))))
+    if !typed("output_name") {
+        take(saved, "output_name", &mut config.output_name);
+    }
+    if !typed("output_dir") && !typed("run_dir") {
+        take(saved, "output_dir", &mut config.output_dir);
+    }
+    if !typed("logging_dir") && !typed("run_dir") {
+        take(saved, "logging_dir", &mut config.logging_dir);
+    }
 }
 
 /// The newest LoRA of `resume_checkpoints/` that may belong to this run: never another expert's, and for one of a pair
@@ -280,4 +289,26 @@ fn conclude(job: &Job, watch: &Watch, outcome: Outcome) -> Ended {
         say(format!("loss curve: {}", curve.display()));
     }
     ended
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{keep_names, RunConfig};
+
+    #[test]
+    fn names_are_kept_from_states_of_other_versions() {
+        let saved = RunConfig {
+            output_name: Some("cats".into()),
+            output_dir: Some("elsewhere".into()),
+            ..RunConfig::default()
+        };
+        let mut saved = serde_json::to_value(saved).unwrap();
+        let options = saved.as_object_mut().unwrap();
+        options.remove("sample_at_first").expect("an option there is");
+        options.insert("an_option_of_later".into(), 1.into());
+        let mut config = RunConfig::default();
+        keep_names(&mut config, &saved, |name| name == "output_dir");
+        assert_eq!(config.output_name.as_deref(), Some("cats"));
+        assert_eq!(config.output_dir, None);
+    }
 }

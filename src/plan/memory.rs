@@ -111,7 +111,8 @@ pub struct Memory {
 }
 
 /// What a card's allocator holds beyond `tensors` bytes in tensors: pieces between them that fit nothing. Measured on an
-/// H200 as the pools' peak over that of the tensors: 0.9 GiB at 22, 2.2 at 134.
+/// H200 as the pools' peak over that of the tensors: 1.1 GiB at 10, 0.9 to 1.2 at 21, 2.2 at 134. Longer runs scatter more;
+/// see `wan_kernels::Exec::end_of_step`.
 fn gaps(tensors: u64) -> u64 {
     (13 << 26) + tensors / 72
 }

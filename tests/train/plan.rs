@@ -368,7 +368,8 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
         let arrangement = Arrangement { blocks_to_swap: count(&row["blocks_to_swap"]), ring_size: 2, saving };
         let planned = price(&job, &arrangement);
         // What the pools held, in rows since there are two of them.
-        if let Some(held) = row["planned_held_gib"].as_f64() {
+        // Not in long runs of then: pools are emptied between steps since.
+        if let (Some(held), true) = (row["planned_held_gib"].as_f64(), row["drift"].is_null()) {
             let (reserved, limit) = (row["reserved_gib"].as_f64().unwrap(), planned.held() as f64 / GIB as f64);
             assert!(reserved <= 1.02 * limit, "{line}: {limit:.2} GiB planned, {held:.2} then, {reserved:.2} held");
         }
