@@ -10,13 +10,10 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use candle_core::cuda_backend::cudarc::driver::sys::{
-    self, CUdevice_attribute, CUfunction_attribute, CUmemPool_attribute,
-};
+use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 use candle_core::cuda_backend::cudarc::driver::{result, CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Shape, Storage, Tensor};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
 
 use super::blas::Blas;
@@ -28,6 +25,9 @@ use crate::held::Held;
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+mod room;
+pub use room::Memory;
 
 const NAME: &str = "gpu";
 /// The first card with bf16 tensor cores and asynchronous copies to shared memory.
@@ -67,21 +67,6 @@ pub struct Card {
     /// Shared memory that one block may use.
     pub shared_bytes: usize,
     pub processors: usize,
-}
-
-/// Bytes of device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Memory {
-    /// In tensors now.
-    pub used: u64,
-    /// In tensors at most, since the last [`Gpu::reset_peak`].
-    pub peak: u64,
-    /// Held by the pools now, and at most.
-    pub reserved: u64,
-    pub reserved_peak: u64,
-    /// Free on the card, for anybody.
-    pub free: u64,
-    pub total: u64,
 }
 
 /// All cards in use, so that whoever holds only a tensor finds its card.
@@ -191,67 +176,6 @@ impl Gpu {
         self.0.copies.synchronize().map_err(|e| error(NAME, e.to_string()))
     }
 
-    /// A tensor whose values are whatever was there: for outputs that a kernel writes whole.
-    pub fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
-        let shape = shape.into();
-        let (n, device) = (shape.elem_count(), &self.0.device);
-        // SAFETY: the callers' kernels write every element before anything reads it, in stream order.
-        let storage = self.with_room(&|| unsafe {
-            Ok(match dtype {
-                DType::F32 => CudaStorage::wrap_cuda_slice(self.take::<f32>(n)?, device.clone()),
-                DType::BF16 => CudaStorage::wrap_cuda_slice(self.take::<bf16>(n)?, device.clone()),
-                DType::F16 => CudaStorage::wrap_cuda_slice(self.take::<f16>(n)?, device.clone()),
-                DType::U8 => CudaStorage::wrap_cuda_slice(self.take::<u8>(n)?, device.clone()),
-                DType::U32 => CudaStorage::wrap_cuda_slice(self.take::<u32>(n)?, device.clone()),
-                DType::F64 => CudaStorage::wrap_cuda_slice(self.take::<f64>(n)?, device.clone()),
-                got => return Err(Error::Dtype { op: NAME, tensor: "empty", got, want: "a dtype that kernels write" }),
-            })
-        })?;
-        Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
-    }
-
-    /// See [`Pools::take`].
-    unsafe fn take<T: DeviceRepr>(&self, n: usize) -> Result<CudaSlice<T>> {
-        let taken = self.0.pools.take(&self.0.stream, n);
-        taken.map_err(|e| error(NAME, format!("{} bytes: {e}", n * size_of::<T>())))
-    }
-
-    /// What `alloc` gives; where the card has no room, once more after everything issued is done and the pool has handed
-    /// back what nobody uses. The pool reuses freed memory only piece by piece, so a card can be full of pieces too small
-    /// while there is room enough in all of them.
-    fn with_room<T>(&self, alloc: &dyn Fn() -> Result<T>) -> Result<T> {
-        match alloc() {
-            Err(e) if e.to_string().contains("OUT_OF_MEMORY") => {
-                self.tidy()?;
-                alloc()
-            }
-            done => done,
-        }
-    }
-
-    /// Waits for everything issued, and hands back what the pools hold and nobody uses.
-    pub fn tidy(&self) -> Result<()> {
-        let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
-        let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
-        emptied.and_then(|()| self.0.pools.trim()).map_err(|e| error(NAME, e.to_string()))
-    }
-
-    /// A buffer of at least `bytes`, the same for every call with this name: valid until the next such call, whose work
-    /// comes later on the stream.
-    pub(crate) fn scratch(&self, name: &'static str, bytes: usize) -> Result<u64> {
-        let mut all = lock(&self.0.scratch);
-        let fits = all.get(name).is_some_and(|s| s.len() >= bytes);
-        if !fits {
-            all.remove(name);
-            let fresh = self.with_room(&|| {
-                // SAFETY: scratch is written before it is read, by contract.
-                unsafe { self.take::<u8>(bytes) }
-            })?;
-            all.insert(name, fresh);
-        }
-        Ok(address(&all[name], &self.0.stream))
-    }
-
     /// Launches kernel `name` of file `file` (path without extension).
     ///
     /// The arguments are not checked: whoever calls has passed the op's gate and knows the kernel's parameters.
@@ -302,48 +226,6 @@ impl Gpu {
         }
         functions.insert((file, name.to_string()), function.clone());
         Ok(function)
-    }
-
-    /// Memory in use; asks the driver, so not for inner loops.
-    pub fn memory(&self) -> Result<Memory> {
-        let context = self.0.stream.context();
-        let read = || -> std::result::Result<Memory, result::DriverError> {
-            let (free, total) = context.mem_get_info()?;
-            let at = |attribute| self.0.pools.value(attribute);
-            Ok(Memory {
-                used: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-                peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-                reserved: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
-                reserved_peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
-                free: free as u64,
-                total: total as u64,
-            })
-        };
-        read().map_err(|e| error(NAME, e.to_string()))
-    }
-
-    /// See [`crate::Exec::plan_held`].
-    pub(crate) fn plan_held(&self, bytes: u64) {
-        lock(&self.0.held).plan(bytes);
-    }
-
-    /// See [`crate::Exec::end_of_step`].
-    pub(crate) fn end_of_step(&self) -> Result<()> {
-        let failed = |e: result::DriverError| error(NAME, e.to_string());
-        let reserved = self.0.pools.value(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
-        if !lock(&self.0.held).grew(reserved.map_err(failed)?) {
-            return Ok(());
-        }
-        self.synchronize()?;
-        self.0.pools.trim().map_err(failed)
-    }
-
-    /// The peaks start again from what is in use now.
-    pub fn reset_peak(&self) -> Result<()> {
-        let set = |attribute| self.0.pools.set(attribute, 0);
-        set(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
-            .and_then(|()| set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH))
-            .map_err(|e| error(NAME, e.to_string()))
     }
 
     /// From now on every op's time on the card is taken.
