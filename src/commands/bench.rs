@@ -253,7 +253,7 @@ pub mod on_card {
         let (c, products) = (&job.config, job.config.products());
         // int8 is rounded from 16 bit, as from a file.
         let fp8 = products != Products::Int8 && (c.fp8_base || c.fp8_scaled || c.fp8_fast);
-        let weights = synthetic::on_card(gpu, arch, exec.compute(), &spec.streamed(arch.num_layers), (fp8, products));
+        let weights = synthetic::on_card(exec, arch, &spec.streamed(arch.num_layers), (fp8, products));
         let weights = weights.map_err(|e| explain(exec, &planned.memory, e))?;
         let steps = options.steps + 2;
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;

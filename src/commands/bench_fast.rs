@@ -59,7 +59,7 @@ pub fn run(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow:
         device.set_seed(7)?;
         let spec = residency(&planned);
         let streamed = spec.streamed(arch.num_layers);
-        let (rest, blocks) = synthetic::on_card(gpu, arch, exec.compute(), &streamed, (fp8, products))?;
+        let (rest, blocks) = synthetic::on_card(exec, arch, &streamed, (fp8, products))?;
         let model = WanModel::new(arch.clone(), rest, Numerics::default())?;
         let (residency, _) = Residency::on(exec, blocks, spec)?;
         let plan = SavePlan::per_block(planned.arrangement.saving.clone());

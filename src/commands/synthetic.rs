@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
-use wan_kernels::fp8;
-use wan_kernels::gpu::Gpu;
+use candle_core::{Device, Tensor};
+use wan_kernels::{fp8, Exec};
 use wan_models::arch::WanArch;
 use wan_models::keys;
 use wan_models::linear::{Products, Weight};
@@ -14,13 +13,11 @@ use wan_models::wan::{BlockWeights, WanWeights};
 /// scales where `fp8` says so, and as `products` need them; blocks that will stream go to host memory. The same numbers
 /// after the same seed.
 pub fn on_card(
-    gpu: &Gpu,
+    exec: &Exec,
     arch: &WanArch,
-    compute: DType,
     streamed: &[usize],
     (fp8, products): (bool, Products),
 ) -> anyhow::Result<(WanWeights, Vec<BlockWeights>)> {
-    let device = gpu.device();
     let normal = |shape: &[usize], key: &str| -> wan_models::Result<Tensor> {
         let (mean, std) = match shape.len() {
             1 if key.ends_with("bias") => (0.0, 0.02),
@@ -28,7 +25,8 @@ pub fn on_card(
             _ if key.ends_with("modulation") => (0.0, 0.1),
             _ => (0.0, 1.0 / (shape[1..].iter().product::<usize>() as f32).sqrt()),
         };
-        Ok(Tensor::randn(mean, std, shape, &device)?.to_dtype(compute)?)
+        // Rounded by our own kernel: candle's would have to be translated for the card first.
+        Ok(exec.cast(&Tensor::randn(mean, std, shape, exec.device())?)?)
     };
     let shapes: BTreeMap<String, Vec<usize>> = keys::expected(arch).into_iter().map(|k| (k.key, k.shape)).collect();
     let mut get = |key: &str| -> wan_models::Result<Weight> {
