@@ -91,8 +91,8 @@ impl Weight {
 /// An input rounded to 8 bit.
 #[derive(Debug, Clone)]
 pub enum Rounded {
-    Eight(eight::Rounded),
-    Int8(int8::Rounded),
+    Eight(wan_kernels::linear::Rounded),
+    Int8(wan_kernels::linear::Rounded),
 }
 
 /// `y = x Wᵀ + b` with a weight that never changes.

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{LinearInt8Args, LinearInt8BackwardArgs, Rounded, Weight, BLOCK, SUMS};
+use super::{LinearInt8Args, LinearInt8BackwardArgs, Weight, BLOCK, SUMS};
 use crate::common::blas::Int8;
 use crate::common::gpu::{Arg, Gpu, Launch, View};
-use crate::linear::cuda::row_launch;
+use crate::linear::cuda::{output, row_launch};
+use crate::linear::Rounded;
 use crate::Result;
 
 const FILE: &str = "int8/int8";
@@ -49,12 +50,12 @@ pub(super) fn forward(gpu: &Gpu, op: &'static str, a: &LinearInt8Args<'_>) -> Re
     let rows = match a.rounded {
         Some(rounded) => rounded,
         None => {
-            rounded = Rounded::new(gpu, op, a.x, [0, 0])?;
+            rounded = rounded_rows(gpu, op, a.x, [0, 0])?;
             &rounded
         }
     };
     let right = Right { codes: codes.address, columns: o, inner, outer, bias: bias.as_ref(), base: a.base.as_ref() };
-    rows.times(gpu, op, &right, a.x, i, a.out)
+    times(rows, gpu, op, &right, a.x, i, a.out)
 }
 
 pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'_>) -> Result<Tensor> {
@@ -64,9 +65,9 @@ pub(super) fn backward(gpu: &Gpu, op: &'static str, a: &LinearInt8BackwardArgs<'
     let across = gpu.scratch("weight", o * i)?;
     let args = [Arg::ptr(codes.address), Arg::ptr(across), Arg::i32(o), Arg::i32(i)];
     gpu.launch(FILE, "int8_transpose", Launch::blocks((i / BLOCK, o / BLOCK, 1), 256), &args)?;
-    let rows = Rounded::new(gpu, op, a.dy, scales(op, a.weight)?)?;
+    let rows = rounded_rows(gpu, op, a.dy, scales(op, a.weight)?)?;
     let right = Right { codes: across, columns: i, inner: 0, outer: 0, bias: None, base: a.base.as_ref() };
-    rows.times(gpu, op, &right, a.dy, o, a.out)
+    times(&rows, gpu, op, &right, a.dy, o, a.out)
 }
 
 /// Addresses of `outer` and `inner`.
@@ -85,87 +86,82 @@ struct Right<'a> {
     base: Option<&'a Tensor>,
 }
 
-impl Rounded {
-    pub(super) fn new(gpu: &Gpu, op: &'static str, t: &Tensor, [outer, inner]: [u64; 2]) -> Result<Self> {
-        let width = t.dims()[t.rank() - 1];
-        let count = t.elem_count() / width;
-        // The library multiplies whole sixteens of rows: what lies behind the last one is read and its sums are not.
-        let padded = count.next_multiple_of(SIXTEEN);
-        let (codes, scales) = (gpu.empty((padded, width), DType::U8)?, gpu.empty(count, DType::F32)?);
-        let (trips, threads) = row_launch(width);
-        // A view may be a copy: it is held until the kernel is issued.
-        let from = View::new(op, t)?;
-        let args = [
-            Arg::tensor(&from),
-            Arg::ptr(outer),
-            Arg::ptr(inner),
-            Arg::ptr(View::new(op, &codes)?.address),
-            Arg::ptr(View::new(op, &scales)?.address),
-            Arg::i32(width),
-        ];
-        let blocks = Launch::blocks((count, 1, 1), threads);
-        gpu.launch(FILE, &format!("int8_rows_{trips}"), blocks, &args)?;
-        Ok(Rounded { codes, scales })
-    }
+/// Rotated and rounded rows; `outer` and `inner` are addresses of factors, or 0.
+pub(super) fn rounded_rows(gpu: &Gpu, op: &'static str, t: &Tensor, [outer, inner]: [u64; 2]) -> Result<Rounded> {
+    let width = t.dims()[t.rank() - 1];
+    let count = t.elem_count() / width;
+    // The library multiplies whole sixteens of rows: what lies behind the last one is read and its sums are not.
+    let padded = count.next_multiple_of(SIXTEEN);
+    let (codes, scales) = (gpu.empty((padded, width), DType::U8)?, gpu.empty(count, DType::F32)?);
+    let (trips, threads) = row_launch(width);
+    // A view may be a copy: it is held until the kernel is issued.
+    let from = View::new(op, t)?;
+    let args = [
+        Arg::tensor(&from),
+        Arg::ptr(outer),
+        Arg::ptr(inner),
+        Arg::ptr(View::new(op, &codes)?.address),
+        Arg::ptr(View::new(op, &scales)?.address),
+        Arg::i32(width),
+    ];
+    let blocks = Launch::blocks((count, 1, 1), threads);
+    gpu.launch(FILE, &format!("int8_rows_{trips}"), blocks, &args)?;
+    Ok(Rounded { codes, scales })
+}
 
-    fn times(
-        &self,
-        gpu: &Gpu,
-        op: &'static str,
-        right: &Right<'_>,
-        like: &Tensor,
-        inner: usize,
-        out: DType,
-    ) -> Result<Tensor> {
-        let (rows, columns) = (self.scales.elem_count(), right.columns);
-        let mut shape = like.dims().to_vec();
-        shape[like.rank() - 1] = columns;
-        // Each element of the base is read by the thread that writes its sum.
-        let y = match right.base {
-            Some(base) if base.dtype() == out && View::direct(op, base)? => base.clone(),
-            _ => gpu.empty(shape, out)?,
-        };
-        let base = right.base.map(|base| View::new(op, base)).transpose()?;
-        let (codes, scales) = (View::new(op, &self.codes)?.address, View::new(op, &self.scales)?.address);
-        let y_view = View::new(op, &y)?;
-        let factors = |first: usize| Arg::longs(&[scales + 4 * first as u64, right.inner, right.outer]);
-        if !gpu.hopper() {
-            let args = [
-                Arg::longs(&[codes, right.codes]),
-                factors(0),
-                Arg::optional(right.bias),
-                Arg::optional(base.as_ref()),
-                Arg::tensor(&y_view),
-                Arg::i32(rows),
-                Arg::i32(columns),
-                Arg::i32(inner),
-            ];
-            let tiles = rows.div_ceil(TILE[0]) * columns.div_ceil(TILE[1]);
-            let launch = Launch { shared: SHARED, ..Launch::blocks((tiles, 1, 1), 256) };
-            gpu.launch(PRODUCT, "int8_product", launch, &args)?;
-            return Ok(y);
-        }
-        // mma.sync reaches 0.65 of Hopper's peak at most; the library's products are worth writing the sums and reading
-        // them back, some rows at a time.
-        let at_once = (SUMS / (4 * columns) / 256 * 256).clamp(256, rows.next_multiple_of(256));
-        let sums = gpu.scratch("sums", 4 * at_once * columns)?;
-        for first in (0..rows).step_by(at_once) {
-            let rows = at_once.min(rows - first);
-            let left = codes + (first * inner) as u64;
-            let padded = rows.next_multiple_of(SIXTEEN);
-            gpu.blas().run_int8(&Int8 { rows: padded, columns, inner, left, right: right.codes, out: sums })?;
-            let at = |dtype: DType| (first * columns * dtype.size_in_bytes()) as u64;
-            let args = [
-                Arg::ptr(sums),
-                factors(first),
-                Arg::optional(right.bias),
-                base.as_ref().map_or(Arg::optional(None), |base| base.moved(base.address + at(base.dtype))),
-                y_view.moved(y_view.address + at(out)),
-                Arg::i32(columns),
-                Arg::i64(rows * columns),
-            ];
-            gpu.launch(PRODUCT, "int8_finish", Launch::over(rows * columns, 8), &args)?;
-        }
-        Ok(y)
+fn times(
+    left: &Rounded,
+    gpu: &Gpu,
+    op: &'static str,
+    right: &Right<'_>,
+    like: &Tensor,
+    inner: usize,
+    out: DType,
+) -> Result<Tensor> {
+    let (rows, columns) = (left.scales.elem_count(), right.columns);
+    let mut shape = like.dims().to_vec();
+    shape[like.rank() - 1] = columns;
+    let y = output(gpu, op, shape, right.base, out, out)?;
+    let base = right.base.map(|base| View::new(op, base)).transpose()?;
+    let (codes, scales) = (View::new(op, &left.codes)?.address, View::new(op, &left.scales)?.address);
+    let y_view = View::new(op, &y)?;
+    let factors = |first: usize| Arg::longs(&[scales + 4 * first as u64, right.inner, right.outer]);
+    if !gpu.hopper() {
+        let args = [
+            Arg::longs(&[codes, right.codes]),
+            factors(0),
+            Arg::optional(right.bias),
+            Arg::optional(base.as_ref()),
+            Arg::tensor(&y_view),
+            Arg::i32(rows),
+            Arg::i32(columns),
+            Arg::i32(inner),
+        ];
+        let tiles = rows.div_ceil(TILE[0]) * columns.div_ceil(TILE[1]);
+        let launch = Launch { shared: SHARED, ..Launch::blocks((tiles, 1, 1), 256) };
+        gpu.launch(PRODUCT, "int8_product", launch, &args)?;
+        return Ok(y);
     }
+    // mma.sync reaches 0.65 of Hopper's peak at most; the library's products are worth writing the sums and reading
+    // them back, some rows at a time.
+    let at_once = (SUMS / (4 * columns) / 256 * 256).clamp(256, rows.next_multiple_of(256));
+    let sums = gpu.scratch("sums", 4 * at_once * columns)?;
+    for first in (0..rows).step_by(at_once) {
+        let rows = at_once.min(rows - first);
+        let left = codes + (first * inner) as u64;
+        let padded = rows.next_multiple_of(SIXTEEN);
+        gpu.blas().run_int8(&Int8 { rows: padded, columns, inner, left, right: right.codes, out: sums })?;
+        let at = |dtype: DType| (first * columns * dtype.size_in_bytes()) as u64;
+        let args = [
+            Arg::ptr(sums),
+            factors(first),
+            Arg::optional(right.bias),
+            base.as_ref().map_or(Arg::optional(None), |base| base.moved(base.address + at(base.dtype))),
+            y_view.moved(y_view.address + at(out)),
+            Arg::i32(columns),
+            Arg::i64(rows * columns),
+        ];
+        gpu.launch(PRODUCT, "int8_finish", Launch::over(rows * columns, 8), &args)?;
+    }
+    Ok(y)
 }

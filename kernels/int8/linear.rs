@@ -8,22 +8,14 @@ use super::cuda;
 use super::{rotate_row, rounded, scale_of, Weight};
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
-use crate::linear::{check_backward, check_forward, cost, finished};
-use crate::{gate, num, Cost, Op, Result};
-
-/// Rows rotated and rounded once for several products, on a card: codes [l, i] U8, `l` filled up to what products take,
-/// and their scales [l] F32.
-#[derive(Debug, Clone)]
-pub struct Rounded {
-    pub(super) codes: Tensor,
-    pub(super) scales: Tensor,
-}
+use crate::linear::{check_backward, check_forward, cost, finished, Rounded};
+use crate::{num, Cost, Op, Result};
 
 /// `x` [.., i] as [`LinearInt8`] rounds it. `None` off the card, where each product rounds for itself.
 pub fn round(exec: &crate::Exec, x: &Tensor) -> Result<Option<Rounded>> {
     #[cfg(feature = "cuda")]
     if let crate::Exec::Cuda { gpu, .. } = exec {
-        return gpu.timed(LinearInt8::NAME, || Ok(Some(Rounded::new(gpu, LinearInt8::NAME, x, [0, 0])?)));
+        return gpu.timed(LinearInt8::NAME, || Ok(Some(cuda::rounded_rows(gpu, LinearInt8::NAME, x, [0, 0])?)));
     }
     let _ = (exec, x);
     Ok(None)
@@ -63,10 +55,7 @@ impl Op for LinearInt8 {
 
     fn check(a: &LinearInt8Args<'_>) -> Result<()> {
         if let Some(rounded) = a.rounded {
-            let i = a.weight.shape()[1];
-            let rows = a.x.elem_count() / i;
-            gate::shape(Self::NAME, "rounded's scales", &rounded.scales, &[rows], "the rows of x")?;
-            gate::shape(Self::NAME, "rounded", &rounded.codes, &[rounded.codes.dims()[0], i], "the rows of x")?;
+            rounded.check(Self::NAME, a.x)?;
         }
         check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }

@@ -29,7 +29,7 @@ mod linear;
 #[cfg(test)]
 mod tests;
 
-pub use linear::{round, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs, Rounded};
+pub use linear::{round, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 
 /// Bytes of sums that wait in memory at most, where the library multiplies (Hopper).
 pub const SUMS: usize = 256 << 20;

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::eight::Rounded;
+use super::Rounded;
 use crate::common::blas::{Eight, Matrix, Product};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::{fp8, Result};
@@ -269,7 +269,7 @@ pub(crate) fn row_launch(width: usize) -> (usize, u32) {
 
 /// Where a product goes: over what is added to it, where that is possible. Each element of it is read once, by the thread
 /// that writes it.
-fn output(
+pub(crate) fn output(
     gpu: &Gpu,
     op: &'static str,
     shape: Vec<usize>,

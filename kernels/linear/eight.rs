@@ -7,18 +7,11 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{as_rows, check_backward, check_forward, cost, finished};
+use super::{as_rows, check_backward, check_forward, cost, finished, Rounded};
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
 use crate::fp8::codec;
 use crate::{fp8, gate, num, Cost, Op, Result};
-
-/// Rows rounded once for several products, on a card: codes [l, i] U8 and their scales [l] F32.
-#[derive(Debug, Clone)]
-pub struct Rounded {
-    pub(super) codes: Tensor,
-    pub(super) scales: Tensor,
-}
 
 /// `x` [.., i] as [`LinearEight`] rounds it. `None` off the card, where each product rounds for itself.
 pub fn round(exec: &crate::Exec, x: &Tensor) -> Result<Option<Rounded>> {
@@ -115,10 +108,7 @@ impl Op for LinearEight {
     fn check(a: &LinearEightArgs<'_>) -> Result<()> {
         check_weight(Self::NAME, a.weight)?;
         if let Some(rounded) = a.rounded {
-            let i = a.weight.shape()[1];
-            let rows = a.x.elem_count() / i;
-            gate::shape(Self::NAME, "rounded", &rounded.codes, &[rows, i], "the rows of x")?;
-            gate::shape(Self::NAME, "rounded's scales", &rounded.scales, &[rows], "the rows of x")?;
+            rounded.check(Self::NAME, a.x)?;
         }
         check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }

@@ -64,6 +64,23 @@ pub fn low_rank(exec: &crate::Exec, down_ri: &Tensor, up_or: &Tensor) -> Result<
     Ok((down_ri.clone(), up_or.clone()))
 }
 
+/// Rows rounded to 8 bit once for several products, on a card: codes [l, i] U8, where `l` may be filled up to what
+/// products take, and their scales [l] F32.
+#[derive(Debug, Clone)]
+pub struct Rounded {
+    pub(crate) codes: Tensor,
+    pub(crate) scales: Tensor,
+}
+
+impl Rounded {
+    /// The gate of ops that are given it beside `x`.
+    pub(crate) fn check(&self, op: &'static str, x: &Tensor) -> Result<()> {
+        let (width, filled) = (last(x), self.codes.dims()[0]);
+        gate::shape(op, "rounded's scales", &self.scales, &[x.elem_count() / width], "the rows of x")?;
+        gate::shape(op, "rounded", &self.codes, &[filled, width], "the columns of x")
+    }
+}
+
 /// `y = x·Wᵀ + bias + base`.
 pub struct Linear;
 

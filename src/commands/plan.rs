@@ -214,6 +214,7 @@ pub struct Room {
 
 /// Device memory that is left to kernels that load late and to the desktop; at least a 64th of the card's. What lies
 /// between tensors is in the plan.
+#[cfg(feature = "cuda")]
 const MARGIN: u64 = 1 << 29;
 
 impl Room {
@@ -244,9 +245,7 @@ impl Room {
         let gib = match (room.target, config.vram_budget) {
             (Target::Cuda, _) => return Ok(room),
             (Target::Cpu, Some(gib)) => gib,
-            (Target::Cpu, None) if device == "cuda" => {
-                Card::find("").map_or(24.0, |card| card.memory_gib) - MARGIN as f64 / GIB
-            }
+            (Target::Cpu, None) if device == "cuda" => Card::find("").map_or(23.0, |card| card.free_gib()),
             (Target::Cpu, None) => return Ok(room),
         };
         let budget = Budget { device: (gib * GIB) as u64, host: room.budget.host };

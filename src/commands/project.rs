@@ -43,7 +43,7 @@ pub fn run(typed: &Typed, wanted: &str, as_json: bool) -> anyhow::Result<ExitCod
                 eprintln!("note: {} has no fp8 tensor cores for --fp8_fast", card.name);
                 continue;
             }
-            let gib = job.config.vram_budget.unwrap_or(card.memory_gib - 1.0);
+            let gib = job.config.vram_budget.unwrap_or(card.free_gib());
             let budget = Budget { device: (gib * GIB) as u64, host: HOST_GIB << 30 };
             match plan::choose(&work, budget, wishes(&job, &job.config), &card.rates()) {
                 Ok(plan) if as_json => println!(
