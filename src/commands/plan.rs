@@ -212,7 +212,7 @@ pub struct Room {
     pub rates: Rates,
 }
 
-/// Device memory that is left to kernels that load late and to the desktop; at least a 64th of the card's. What lies
+/// Device memory that is left to kernels that load late and to the desktop; at least a 64th of what is free. What lies
 /// between tensors is in the plan.
 #[cfg(feature = "cuda")]
 const MARGIN: u64 = 1 << 29;
@@ -226,7 +226,7 @@ impl Room {
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, .. } = exec {
             let memory = gpu.memory()?;
-            let free = memory.free.saturating_sub(MARGIN.max(memory.total / 64));
+            let free = memory.free.saturating_sub(MARGIN.max(memory.free / 64));
             let device = vram_budget.map_or(free, |gib| free.min((gib * GIB) as u64));
             let rates = Card::find(&gpu.card().name).map_or_else(Rates::default, |card| card.rates());
             return Ok(Self { target: Target::Cuda, budget: Budget { device, host }, rates });

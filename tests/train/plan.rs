@@ -367,11 +367,12 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
         let saving = (0..recompute + attention + all).map(|i| BlockPlan { keep: of(i), home: home(i) }).collect();
         let arrangement = Arrangement { blocks_to_swap: count(&row["blocks_to_swap"]), ring_size: 2, saving };
         let planned = price(&job, &arrangement);
-        // What the pools held, in rows since there are two of them.
-        // Not in long runs of then: pools are emptied between steps since.
-        if let (Some(held), true) = (row["planned_held_gib"].as_f64(), row["drift"].is_null()) {
+        // What the pools held, in rows since there are two of them; not in long runs of 1840671, where they grew
+        // without bounds.
+        let bounded = row["drift"].is_null() || row["commit"] != "1840671";
+        if let (Some(held), true) = (row["planned_held_gib"].as_f64(), bounded) {
             let (reserved, limit) = (row["reserved_gib"].as_f64().unwrap(), planned.held() as f64 / GIB as f64);
-            assert!(reserved <= 1.02 * limit, "{line}: {limit:.2} GiB planned, {held:.2} then, {reserved:.2} held");
+            assert!(reserved <= 1.05 * limit, "{line}: {limit:.2} GiB planned, {held:.2} then, {reserved:.2} held");
         }
         let planned = planned.device() as f64 / GIB as f64;
         let peak = row["peak_gib"].as_f64().unwrap();
