@@ -113,7 +113,7 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
                     out: compute,
                 };
                 rows.push(time::<LinearEight>(exec, gpu, case(&what), &args, runs)?);
-                let args = LinearEightBackwardArgs { dy, weight: &weight, base: None, out: compute };
+                let args = LinearEightBackwardArgs { dy, rounded: None, weight: &weight, base: None, out: compute };
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
             }
             let weight8 = int8::Weight::quantize(weight_oi)?;

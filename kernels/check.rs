@@ -19,16 +19,12 @@ use crate::linear::{
     LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, LinearStackBackward,
     LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
 };
-use crate::norm::{
-    LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
-    LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNorm, RmsNormArgs, RmsNormBackward,
-    RmsNormBackwardArgs, RmsNormRope, RmsNormRopeArgs, RmsNormRopeBackward, RmsNormRopeBackwardArgs,
-};
 use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, UnpatchifyBackward, UnpatchifyBackwardArgs};
 use crate::philox::{stream, Philox};
 use crate::{adamw, adamw8bit, fp8, int8, Exec, Result, CHECK_GROUPS};
 
 mod caching;
+mod norms;
 
 /// One compared result.
 #[derive(Debug, Clone)]
@@ -114,7 +110,7 @@ pub fn all(gpu: &Gpu, only: Option<&str>) -> Result<Vec<Row>> {
     let mut c = Checker { exec: &exec, rows: Vec::new() };
     for group in CHECK_GROUPS.iter().filter(|group| only.is_none_or(|only| only == **group)) {
         match *group {
-            "norms" => norms(&mut c)?,
+            "norms" => norms::all(&mut c)?,
             "elementwise" => elementwise(&mut c)?,
             "linears" => linears(&mut c)?,
             "attention" => attention(&mut c, "attention")?,
@@ -133,51 +129,6 @@ pub fn all(gpu: &Gpu, only: Option<&str>) -> Result<Vec<Row>> {
         }
     }
     Ok(c.rows)
-}
-
-fn norms(c: &mut Checker<'_>) -> Result<()> {
-    for (b, l, d, n) in [(2, 7, 64, 4), (1, 97, 1536, 12), (2, 3, 3072, 24), (1, 33, 5120, 40), (2, 5, 20, 2)] {
-        let case = format!("[{b}, {l}, {d}]");
-        let eps = 1e-6;
-        c.run("layer_norm_modulate", &case, ALL, &|p| {
-            let (x_bld, shift, scale) = (p.normal(1, &[b, l, d])?, p.full(2, &[b, d])?, p.full(3, &[b, l, d])?);
-            let dy_bld = p.normal(4, &[b, l, d])?;
-            let (dres, out, per_sample) = (p.full(5, &[b, l, d])?, p.held, p.full(6, &[b, d])?);
-            let args = LayerNormModulateArgs { x_bld: &x_bld, shift: &shift, scale: &per_sample, eps, out };
-            let y = p.exec.run::<LayerNormModulate>(&args)?;
-            let dx = |scale, dres_bld| {
-                let args = LayerNormModulateBackwardArgs { x_bld: &x_bld, scale, dy_bld: &dy_bld, dres_bld, eps, out };
-                p.exec.run::<LayerNormModulateBackward>(&args)
-            };
-            Ok(vec![y, dx(&per_sample, None)?, dx(&scale, Some(&dres))?])
-        })?;
-        c.run("layer_norm", &case, ALL, &|p| {
-            let (x, dy, dres) = (p.normal(1, &[b, l, d])?, p.normal(4, &[b, l, d])?, p.full(5, &[b, l, d])?);
-            let (weight_d, bias_d, out) = (p.normal(2, &[d])?, p.normal(3, &[d])?, p.held);
-            let args = LayerNormArgs { x: &x, weight_d: &weight_d, bias_d: &bias_d, eps, out };
-            let back = LayerNormBackwardArgs { x: &x, weight_d: &weight_d, dy: &dy, dres: Some(&dres), eps, out };
-            Ok(vec![p.exec.run::<LayerNorm>(&args)?, p.exec.run::<LayerNormBackward>(&back)?])
-        })?;
-        c.run("rms_norm", &case, ALL, &|p| {
-            let (x, dy, weight_d) = (p.normal(1, &[b, l, d])?, p.normal(4, &[b, l, d])?, p.normal(2, &[d])?);
-            let args = RmsNormArgs { x: &x, weight_d: &weight_d, eps, out: p.held };
-            let back = RmsNormBackwardArgs { x: &x, weight_d: &weight_d, dy: &dy, eps, out: p.held };
-            Ok(vec![p.exec.run::<RmsNorm>(&args)?, p.exec.run::<RmsNormBackward>(&back)?])
-        })?;
-        c.run("rms_norm_rope", &case, ALL, &|p| {
-            let h = d / n;
-            let angle = p.full(7, &[l, h / 2])?;
-            let (cos_lk, sin_lk) = (angle.cos()?, angle.sin()?);
-            let (x_bld, weight_d) = (p.normal(1, &[b, l, d])?, p.normal(2, &[d])?);
-            let dy_blnh = p.normal(4, &[b, l, n, h])?;
-            let (cos_lk, sin_lk, x_bld, weight_d) = (&cos_lk, &sin_lk, &x_bld, &weight_d);
-            let args = RmsNormRopeArgs { x_bld, weight_d, cos_lk, sin_lk, eps, out: p.held };
-            let dy_blnh = &dy_blnh;
-            let back = RmsNormRopeBackwardArgs { x_bld, weight_d, cos_lk, sin_lk, dy_blnh, eps, out: p.held };
-            Ok(vec![p.exec.run::<RmsNormRope>(&args)?, p.exec.run::<RmsNormRopeBackward>(&back)?])
-        })?;
-    }
-    Ok(())
 }
 
 fn elementwise(c: &mut Checker<'_>) -> Result<()> {
@@ -360,8 +311,9 @@ fn exact(gpu: &Gpu) -> Result<Vec<Row>> {
         rows.push(bits("philox", &n.to_string(), &got, &want)?);
     }
     offload(&exec, &mut rows)?;
+    norms::one_pass(&exec, &mut rows)?;
     if gpu.card().capability >= (8, 9) {
-        eight(&exec, &mut rows)?;
+        eight(gpu, &exec, &mut rows)?;
     }
     int8(gpu, &exec, &mut rows)?;
     Ok(rows)
@@ -424,7 +376,7 @@ const EIGHT: [&str; 4] = ["linear_eight", "linear_eight_backward", "linear_eight
 
 /// 8-bit products against the definition, which rounds to the same codes: only sums and the last rounding differ. fp8
 /// tensor cores keep 14 bits of a sum.
-fn eight(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
+fn eight(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
     for (l, i, o) in [(1, 64, 16), (97, 192, 80), (1025, 5120, 1536), (33, 8960, 640)] {
         let normal = |seed, shape: &[usize]| -> Result<Tensor> {
             let t = Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?;
@@ -445,18 +397,51 @@ fn eight(exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                     let rounded = shared.as_ref().filter(|_| base.is_some());
                     exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o: Some(bias), base, out })
                 };
-                let backward =
-                    |base| exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out });
+                let backward = |base| {
+                    exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded: None, weight, base, out })
+                };
                 let [base_o, base_i] = bases;
                 Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
             };
-            let (got, want) = (run(exec, DType::BF16)?, run(&Exec::cpu(), DType::F32)?);
-            for (op, (got, want)) in EIGHT.iter().zip(got.iter().zip(&want)) {
-                let error = distance(&values(got)?, &values(want)?);
-                let case = format!("[{l}, {i}] x [{o}, {i}], {granularity:?}");
-                rows.push(Row { op: op.to_string(), case, error, naive: 2e-3, right: error < 4e-3 });
+            let want = run(&Exec::cpu(), DType::F32)?;
+            // As the library scales, and as our kernel does behind it, on cards where it cannot.
+            for later in [false, true] {
+                gpu.use_portable(later);
+                let got = run(exec, DType::BF16);
+                gpu.use_portable(false);
+                let case =
+                    format!("[{l}, {i}] x [{o}, {i}], {granularity:?}{}", if later { ", scaled later" } else { "" });
+                for (op, (got, want)) in EIGHT.iter().zip(got?.iter().zip(&want)) {
+                    let (error, case) = (distance(&values(got)?, &values(want)?), case.clone());
+                    rows.push(Row { op: op.to_string(), case, error, naive: 2e-3, right: error < 4e-3 });
+                }
             }
+            let weight = &eight::by_rows(&weight.to_device(exec.device())?)?;
+            gelu_rounded(exec, [&normal(7, &[l, i])?, &normal(8, &[l, o])?, &dy], weight, rows)?;
         }
+    }
+    Ok(())
+}
+
+/// Activations that come with their rounded rows: the bits of one after the other.
+fn gelu_rounded(exec: &Exec, inputs: [&Tensor; 3], weight: &fp8::Weight, rows: &mut Vec<Row>) -> Result<()> {
+    let [wide, x, dy] = inputs;
+    let (wide, x, dy) = (&wide.to_device(exec.device())?, &x.to_device(exec.device())?, &dy.to_device(exec.device())?);
+    let case = format!("{:?}", weight.shape());
+    let both = [
+        (exec.run::<GeluTanh>(&ActivationArgs { x: wide })?, eight::gelu(exec, wide)?, None),
+        (
+            exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x, dy })?,
+            eight::gelu_backward(exec, x, dy, weight)?,
+            Some(weight),
+        ),
+    ];
+    for (op, (want, got, weight)) in ["linear_eight after gelu", "linear_eight_backward after gelu"].iter().zip(both) {
+        let rounded = eight::round_for(exec, &want, weight)?;
+        let Some(((got, got_rounded), rounded)) = got.zip(rounded) else { continue };
+        rows.push(bits(op, &case, &got, &want)?);
+        rows.push(bits(&format!("{op}, codes"), &case, &got_rounded.codes, &rounded.codes)?);
+        rows.push(bits(&format!("{op}, scales"), &case, &got_rounded.scales, &rounded.scales)?);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 use candle_core::{DType, Tensor};
 use wan_kernels::fp8;
 use wan_kernels::gate_residual::{Residual, ResidualArgs};
+use wan_kernels::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use wan_kernels::int8::{self, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use wan_kernels::linear::{
     eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
@@ -180,13 +181,46 @@ impl Frozen {
         })
     }
 
+    /// `gelu_tanh(x)` for this linear to read; also rounded, where that comes with it.
+    pub fn gelu(&self, exec: &Exec, x: &Tensor) -> Result<(Tensor, Option<Rounded>)> {
+        if let Weight::Fp8Fast(_) = &self.weight {
+            if let Some((y, rounded)) = eight::gelu(exec, x)? {
+                return Ok((y, Some(Rounded::Eight(rounded))));
+            }
+        }
+        Ok((exec.run::<GeluTanh>(&ActivationArgs { x })?, None))
+    }
+
+    /// `dx` of `gelu_tanh(x)`, where `x` is what this linear gave; also rounded, where that comes with it.
+    pub fn gelu_backward(&self, exec: &Exec, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Option<Rounded>)> {
+        if let Weight::Fp8Fast(weight) = &self.weight {
+            if let Some((dx, rounded)) = eight::gelu_backward(exec, x, dy, weight)? {
+                return Ok((dx, Some(Rounded::Eight(rounded))));
+            }
+        }
+        Ok((exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x, dy })?, None))
+    }
+
     /// `dy` `[.., o]` -> `dx = dy W + base` `[.., i]` in `out`. The result may be written over `base`.
     pub fn backward(&self, exec: &Exec, dy: &Tensor, base: Option<Tensor>, out: DType) -> Result<Tensor> {
+        self.backward_rounded(exec, dy, None, base, out)
+    }
+
+    /// The same for a `dy` that is rounded already.
+    pub fn backward_rounded(
+        &self,
+        exec: &Exec,
+        dy: &Tensor,
+        rounded: Option<&Rounded>,
+        base: Option<Tensor>,
+        out: DType,
+    ) -> Result<Tensor> {
         Ok(match &self.weight {
             Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, base, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out })?,
             Weight::Fp8Fast(weight) => {
-                exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out })?
+                let rounded = rounded.and_then(|r| if let Rounded::Eight(r) = r { Some(r) } else { None });
+                exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded, weight, base, out })?
             }
             Weight::Int8(weight) => {
                 exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, base, out })?
@@ -222,6 +256,11 @@ impl Site<'_> {
     /// `y = x Wᵀ + b + Δy`, all in the compute dtype. The adapter's share comes first: it is a narrow product that only
     /// writes, and the base's product reads it where it writes its own sums.
     pub fn forward(&self, x_bli: &Tensor) -> Result<LinearOut> {
+        self.forward_rounded(x_bli, None)
+    }
+
+    /// The same for an `x` that is rounded already.
+    pub fn forward_rounded(&self, x_bli: &Tensor, rounded: Option<&Rounded>) -> Result<LinearOut> {
         let (delta, h) = match &self.adapter {
             None => (None, None),
             Some(adapter) => {
@@ -229,7 +268,8 @@ impl Site<'_> {
                 (Some(delta), h)
             }
         };
-        Ok(LinearOut { y: self.frozen.forward(self.exec, x_bli, delta, self.exec.compute())?, h })
+        let out = self.exec.compute();
+        Ok(LinearOut { y: self.frozen.forward_rounded(self.exec, x_bli, rounded, delta, out)?, h })
     }
 
     /// `dx + base` (`=`); the adapter's gradients go to the sink (`+=` there). `h` may be missing: it is then computed
@@ -242,11 +282,24 @@ impl Site<'_> {
         base: Option<Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
+        self.backward_rounded(x_bli, h, dy_blo, None, base, sink)
+    }
+
+    /// The same for a `dy` that is rounded already.
+    pub fn backward_rounded(
+        &self,
+        x_bli: &Tensor,
+        h: Option<&Tensor>,
+        dy_blo: &Tensor,
+        rounded: Option<&Rounded>,
+        base: Option<Tensor>,
+        sink: &mut dyn GradSink,
+    ) -> Result<Tensor> {
         let share = match &self.adapter {
             None => base,
             Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, Dx::Onto(base), sink)?,
         };
-        self.frozen.backward(self.exec, dy_blo, share, self.exec.compute())
+        self.frozen.backward_rounded(self.exec, dy_blo, rounded, share, self.exec.compute())
     }
 
     /// The adapter's gradients alone, where nothing below the input is trained.

@@ -40,6 +40,12 @@ type Timed = (&'static str, CudaEvent, CudaEvent);
 #[derive(Clone)]
 pub struct Gpu(Arc<Inner>);
 
+/// Shared bytes that any launch may ask for.
+const FREELY: usize = 40 << 10;
+
+/// A kernel, and the shared bytes it may ask for.
+type Loaded = (CudaFunction, usize);
+
 struct Inner {
     device: CudaDevice,
     stream: Arc<CudaStream>,
@@ -47,7 +53,7 @@ struct Inner {
     leaving: Arc<CudaStream>,
     stash: Stash,
     card: Card,
-    functions: Mutex<HashMap<(&'static str, String), CudaFunction>>,
+    functions: Mutex<HashMap<(&'static str, String), Loaded>>,
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     blas: Blas,
     scratch: Mutex<HashMap<&'static str, CudaSlice<u8>>>,
@@ -134,9 +140,14 @@ impl Gpu {
         self.0.portable.store(portable, Ordering::Relaxed);
     }
 
+    /// Whether only what every card can do is to be used.
+    pub(crate) fn portable(&self) -> bool {
+        self.0.portable.load(Ordering::Relaxed)
+    }
+
     /// Whether this card's own kernels may run: those of files `*_sm90a.cu`.
     pub(crate) fn hopper(&self) -> bool {
-        self.card().capability == (9, 0) && !self.0.portable.load(Ordering::Relaxed)
+        self.card().capability == (9, 0) && !self.portable()
     }
 
     /// Waits until everything issued so far is done.
@@ -201,12 +212,30 @@ impl Gpu {
 
     fn function(&self, file: &'static str, name: &str, shared: usize) -> Result<CudaFunction> {
         let mut functions = lock(&self.0.functions);
-        if let Some(function) = functions.get(&(file, name.to_string())) {
+        let key = (file, name.to_string());
+        let known = functions.get(&key);
+        if let Some((function, _)) = known.filter(|(_, most)| *most >= shared) {
             return Ok(function.clone());
         }
         let failed = |what: String| error(file, format!("{name}: {what}"));
+        let function = match known {
+            Some((function, _)) => function.clone(),
+            None => self.module(file, failed)?.load_function(name).map_err(|e| failed(e.to_string()))?,
+        };
+        // 48 KiB hold a kernel's static memory as well.
+        if shared > FREELY {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded, and stays so as long as its module.
+            unsafe { result::function::set_function_attribute(function.cu_function(), attribute, shared as i32) }
+                .map_err(|e| failed(e.to_string()))?;
+        }
+        functions.insert(key, (function.clone(), shared.max(FREELY)));
+        Ok(function)
+    }
+
+    fn module(&self, file: &'static str, failed: impl Fn(String) -> crate::Error) -> Result<Arc<CudaModule>> {
         let mut modules = lock(&self.0.modules);
-        let module = match modules.get(file) {
+        Ok(match modules.get(file) {
             Some(module) => module.clone(),
             None => {
                 let image = IMAGES.iter().find(|(path, _)| *path == file);
@@ -216,16 +245,7 @@ impl Gpu {
                 modules.insert(file, module.clone());
                 module
             }
-        };
-        let function = module.load_function(name).map_err(|e| failed(e.to_string()))?;
-        if shared > 48 << 10 {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function was just loaded.
-            unsafe { result::function::set_function_attribute(function.cu_function(), attribute, shared as i32) }
-                .map_err(|e| failed(e.to_string()))?;
-        }
-        functions.insert((file, name.to_string()), function.clone());
-        Ok(function)
+        })
     }
 
     /// From now on every op's time on the card is taken.
@@ -350,6 +370,14 @@ impl Arg {
         for (i, &word) in words.iter().enumerate() {
             packed[i / 2] |= u64::from(word) << (i % 2 * 32);
         }
+        Arg(packed)
+    }
+
+    /// A struct of others, each with its 64-bit words.
+    pub fn join(parts: &[(Arg, usize)]) -> Self {
+        let mut packed = [0u64; Arg::LONGS];
+        let words = parts.iter().flat_map(|(part, words)| &part.0[..*words]);
+        packed.iter_mut().zip(words).for_each(|(to, from)| *to = *from);
         Arg(packed)
     }
 

@@ -56,10 +56,35 @@ __device__ __forceinline__ void load8(const float *p, float (&v)[8]) {
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
+// The value that a tensor of this dtype holds.
+__device__ __forceinline__ float held_as(int dtype, float v) {
+  if (dtype == kF32) return v;
+  return dtype == kBF16 ? __bfloat162float(__float2bfloat16_rn(v)) : __half2float(__float2half_rn(v));
+}
+
 // `at` is a multiple of 8, the tensor aligned to 16 bytes.
 __device__ __forceinline__ void load8(In t, long at, float (&v)[8]) {
   if (t.dtype == kF32) return load8(static_cast<const float *>(t.data) + at, v);
   unpack8(*reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(t.data) + at), t.dtype, v);
+}
+
+// Eight values in 16 bits.
+__device__ __forceinline__ uint4 pack8(int dtype, const float (&v)[8]) {
+  uint32_t w[4];
+  if (dtype == kBF16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 p = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      w[i] = *reinterpret_cast<const uint32_t *>(&p);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 p = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+      w[i] = *reinterpret_cast<const uint32_t *>(&p);
+    }
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 __device__ __forceinline__ void store8(Out t, long at, const float (&v)[8]) {
@@ -69,18 +94,7 @@ __device__ __forceinline__ void store8(Out t, long at, const float (&v)[8]) {
     p[1] = make_float4(v[4], v[5], v[6], v[7]);
     return;
   }
-  uint32_t w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (t.dtype == kBF16) {
-      const __nv_bfloat162 p = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-      w[i] = *reinterpret_cast<const uint32_t *>(&p);
-    } else {
-      const __half2 p = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-      w[i] = *reinterpret_cast<const uint32_t *>(&p);
-    }
-  }
-  *reinterpret_cast<uint4 *>(static_cast<uint16_t *>(t.data) + at) = make_uint4(w[0], w[1], w[2], w[3]);
+  *reinterpret_cast<uint4 *>(static_cast<uint16_t *>(t.data) + at) = pack8(t.dtype, v);
 }
 
 // The same where the tensor may end within the eight: values past `n` are 0 and are not stored.
@@ -117,6 +131,15 @@ template <int N, int THREADS, typename F> __device__ __forceinline__ void block_
   }
 }
 
+// A row of 16-bit values as they lie, eight side by side a thread and trip; what lies behind the end is the row's first.
+template <int TRIPS> __device__ __forceinline__ void load_raw(In x, long first, int width, uint4 (&raw)[TRIPS]) {
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip) {
+    const int at = (trip * blockDim.x + threadIdx.x) * 8;
+    raw[trip] = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(x.data) + first + (at < width ? at : 0));
+  }
+}
+
 // A row of `width` values (a multiple of 8) for a block: eight side by side a thread and trip, zeros behind the end. All
 // loads are issued before any value is used.
 template <int TRIPS>
@@ -129,11 +152,7 @@ __device__ __forceinline__ void load_row(In x, long first, int width, float (&v)
     }
   } else {
     uint4 raw[TRIPS];
-#pragma unroll
-    for (int trip = 0; trip < TRIPS; ++trip) {
-      const int at = (trip * blockDim.x + threadIdx.x) * 8;
-      raw[trip] = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(x.data) + first + (at < width ? at : 0));
-    }
+    load_raw(x, first, width, raw);
 #pragma unroll
     for (int trip = 0; trip < TRIPS; ++trip) unpack8(raw[trip], x.dtype, v[trip]);
   }
@@ -164,17 +183,20 @@ __device__ __forceinline__ float larger(float top, float v) {
 
 // The largest magnitude over a block of whole warps, given to every thread. `shared` holds 32 values. Magnitudes are
 // ordered like their bits, NaN above all.
+__device__ __forceinline__ float block_top(float top, uint32_t *shared) {
+  uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(top));
+  const int warps = blockDim.x / 32, lane = threadIdx.x & 31;
+  if (lane == 0) shared[threadIdx.x / 32] = bits;
+  __syncthreads();
+  return __uint_as_float(__reduce_max_sync(~0u, lane < warps ? shared[lane] : 0u));
+}
 template <int TRIPS> __device__ __forceinline__ float row_top(const float (&v)[TRIPS][8], uint32_t *shared) {
   float top = 0.f;
 #pragma unroll
   for (int trip = 0; trip < TRIPS; ++trip)
 #pragma unroll
     for (int i = 0; i < 8; ++i) top = larger(top, v[trip][i]);
-  uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(top));
-  const int warps = blockDim.x / 32, lane = threadIdx.x & 31;
-  if (lane == 0) shared[threadIdx.x / 32] = bits;
-  __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, lane < warps ? shared[lane] : 0u));
+  return block_top(top, shared);
 }
 
 } // namespace wan

@@ -29,12 +29,20 @@ extern "C" __global__ void add_assign(float *dst, const float *src, int columns,
   dst[at] += src[row * stride + (at - row * columns)];
 }
 
-// y [.., wide] = x [rows, columns] with zeros to the right and below.
-extern "C" __global__ void pad(wan::In x, wan::Out y, int rows, int columns, int wide, long n) {
-  const long at = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= n) return;
-  const long row = at / wide;
-  const int column = static_cast<int>(at - row * wide);
-  const bool inside = row < rows && column < columns;
-  wan::store1(y, at, inside ? wan::load1(x, row * columns + column) : 0.f);
+// y [.., wide] = x [rows, columns] with zeros to the right and below; n values of y.
+struct Pad {
+  wan::In x;
+  wan::Out y;
+  int rows, columns, wide, n;
+};
+
+// Up to six of them at once: a LoRA's matrices are small next to a launch.
+extern "C" __global__ void pad(Pad a, Pad b, Pad c, Pad d, Pad e, Pad f) {
+  const int i = blockIdx.y;
+  const Pad p = i == 0 ? a : i == 1 ? b : i == 2 ? c : i == 3 ? d : i == 4 ? e : f;
+  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= p.n) return;
+  const int row = at / p.wide, column = at - row * p.wide;
+  const bool inside = row < p.rows && column < p.columns;
+  wan::store1(p.y, at, inside ? wan::load1(p.x, row * p.columns + column) : 0.f);
 }

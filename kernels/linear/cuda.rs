@@ -186,6 +186,35 @@ pub(super) fn rounded_rows(gpu: &Gpu, op: &'static str, x: &Tensor, factors: u64
     Ok(Rounded { codes, scales })
 }
 
+/// The same of `gelu_tanh(x)`, or of `dy` times its slope; also that. All 16-bit.
+pub(super) fn rounded_gelu(
+    gpu: &Gpu,
+    op: &'static str,
+    x: &Tensor,
+    dy: Option<&Tensor>,
+    factors: u64,
+) -> Result<(Tensor, Rounded)> {
+    let kernel = if dy.is_some() { "eight_gelu_backward" } else { "eight_gelu" };
+    let made = gpu.empty(x.shape(), dy.unwrap_or(x).dtype())?;
+    let width = super::last(x);
+    let rows = x.elem_count() / width;
+    let (codes, scales) = (gpu.empty((rows, width), DType::U8)?, gpu.empty(rows, DType::F32)?);
+    let (from, dy) = (View::new(op, x)?, dy.map(|dy| View::new(op, dy)).transpose()?);
+    let (to, by) = (View::new(op, &codes)?.address, View::new(op, &scales)?.address);
+    let args = [
+        Arg::tensor(&from),
+        Arg::optional(dy.as_ref()),
+        Arg::tensor(&View::new(op, &made)?),
+        Arg::ptr(factors),
+        Arg::ptr(to),
+        Arg::ptr(by),
+        Arg::i32(width),
+    ];
+    let (trips, threads) = row_launch(width);
+    gpu.launch(EIGHT, &format!("{kernel}_{trips}"), Launch::blocks((rows, 1, 1), threads), &args)?;
+    Ok((made, Rounded { codes, scales }))
+}
+
 /// [`super::eight`]: `left · weightᵀ` with `transposed`, else `left · weight`; then bias and base. `like` has the shape that
 /// `left` had.
 #[allow(clippy::too_many_arguments)]
@@ -236,7 +265,8 @@ pub(super) fn eight(
         bias: bias.as_ref().map(|v| v.address),
         add: base.as_ref().map(|v| v.address),
     };
-    if !gpu.blas().run_eight(&product)? {
+    // What cards below sm_90 do can be asked for on any.
+    if gpu.portable() || !gpu.blas().run_eight(&product)? {
         // The base may lie where the result goes: the sums go elsewhere first.
         let sums = gpu.empty((rows, columns), result)?;
         let sums = View::new(op, &sums)?;
@@ -309,38 +339,40 @@ pub(crate) fn cast(gpu: &Gpu, op: &'static str, t: &Tensor, dtype: DType) -> Res
 
 /// What the rank of an adapter is filled up to on the card.
 const RANK: usize = 16;
+/// Matrices that one launch fills up.
+const PADS: usize = 6;
 
-/// A matrix in `dtype` with zeros behind its rows (`axis` 0) or columns (1), up to a multiple of [`RANK`].
-pub(super) fn padded(gpu: &Gpu, t: &Tensor, dtype: DType, axis: usize) -> Result<Tensor> {
-    let (rows, columns) = t.dims2()?;
-    let y = match axis {
-        0 => gpu.empty((rows.next_multiple_of(RANK), columns), dtype)?,
-        _ => gpu.empty((rows, columns.next_multiple_of(RANK)), dtype)?,
-    };
-    pad(gpu, t, &y)?;
-    Ok(y)
-}
-
-/// Matrices [r, i] one below the other, each with zeros behind its rows up to a multiple of [`RANK`].
-pub(super) fn stacked(gpu: &Gpu, parts_ri: &[&Tensor], dtype: DType) -> Result<Tensor> {
-    let tall = |t: &Tensor| t.dims()[0].next_multiple_of(RANK);
-    let y = gpu.empty((parts_ri.iter().map(|t| tall(t)).sum::<usize>(), super::last(parts_ri[0])), dtype)?;
-    let mut at = 0;
-    for t in parts_ri {
-        pad(gpu, t, &y.narrow(0, at, tall(t))?)?;
-        at += tall(t);
-    }
-    Ok(y)
-}
-
-/// `t` in the upper left corner of `y`, zeros elsewhere. `y` begins aligned: so does every [`RANK`]th row.
-fn pad(gpu: &Gpu, t: &Tensor, y: &Tensor) -> Result<()> {
+/// Pairs `down` [r, i] and `up` [o, r] in `dtype`, each rank filled up with zeros to a multiple of [`RANK`]: the first
+/// matrices one below the other, and the second ones.
+pub(super) fn low_rank(gpu: &Gpu, pairs: &[(&Tensor, &Tensor)], dtype: DType) -> Result<(Tensor, Vec<Tensor>)> {
     const OP: &str = "low_rank";
-    let ((rows, columns), (_, wide)) = (t.dims2()?, y.dims2()?);
-    debug_assert!(View::direct(OP, y)?, "what is written has to lie in y itself");
-    let (from, to, n) = (View::new(OP, t)?, View::new(OP, y)?, y.elem_count());
-    let args = [Arg::tensor(&from), Arg::tensor(&to), Arg::i32(rows), Arg::i32(columns), Arg::i32(wide), Arg::i64(n)];
-    gpu.launch("linear/cast", "pad", Launch::over(n, 1), &args)
+    let ranks: Vec<usize> = pairs.iter().map(|(down, _)| down.dims()[0].next_multiple_of(RANK)).collect();
+    let down_ri = gpu.empty((ranks.iter().sum::<usize>(), super::last(pairs[0].0)), dtype)?;
+    let (mut jobs, mut ups_or, mut at) = (Vec::new(), Vec::new(), 0);
+    for ((down, up), rank) in pairs.iter().zip(&ranks) {
+        // It begins aligned: so does every [`RANK`]th row.
+        jobs.push((*down, down_ri.narrow(0, at, *rank)?));
+        let up_or = gpu.empty((up.dims()[0], *rank), dtype)?;
+        jobs.push((*up, up_or.clone()));
+        ups_or.push(up_or);
+        at += rank;
+    }
+    for jobs in jobs.chunks(PADS) {
+        let mut views = Vec::new();
+        for (from, to) in jobs {
+            debug_assert!(View::direct(OP, to)?, "what is written has to lie in it");
+            views.push((View::new(OP, from)?, View::new(OP, to)?));
+        }
+        let mut args = [Arg::longs(&[]); PADS];
+        for (((from, to), (x, y)), arg) in jobs.iter().zip(&views).zip(&mut args) {
+            let ((rows, columns), wide, n) = (from.dims2()?, super::last(to), to.elem_count());
+            let sizes = Arg::words(&[rows as u32, columns as u32, wide as u32, n as u32]);
+            *arg = Arg::join(&[(Arg::tensor(x), 2), (Arg::tensor(y), 2), (sizes, 2)]);
+        }
+        let most = jobs.iter().map(|(_, to)| to.elem_count()).max().unwrap_or(0);
+        gpu.launch("linear/cast", "pad", Launch::blocks((most.div_ceil(256), jobs.len(), 1), 256), &args)?;
+    }
+    Ok((down_ri, ups_or))
 }
 
 /// `t · factor` in its own dtype.

@@ -8,6 +8,7 @@
 // Weights are held so from the start (eight_weight). Backward needs them transposed, since fp8 tensor cores read both
 // operands along the summed axis: that copy is made in a scratch.
 #include "../fp8/codec.cuh"
+#include "../gelu/gelu.cuh"
 
 namespace wan {
 
@@ -29,6 +30,25 @@ __device__ __forceinline__ float scale_of(float top) {
   return s < 1e-30f ? 1e-30f : s;
 }
 
+// Eight 16-bit values, times their columns' factors if there are any.
+__device__ __forceinline__ void held8(const uint4 &raw, int dtype, const float *columns, int at, float (&v)[8]) {
+  unpack8(raw, dtype, v);
+  if (!columns) return;
+  float f[8];
+  load8(columns + at, f);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], f[i]);
+}
+
+// Codes of eight values, side by side.
+__device__ __forceinline__ void code8(const float (&v)[8], float inverse, uint8_t *codes) {
+  uint32_t packed[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; i += 2)
+    packed[i / 4] |= coded2(__fmul_rn(v[i], inverse), __fmul_rn(v[i + 1], inverse)) << (i % 4 * 8);
+  *reinterpret_cast<uint2 *>(codes) = make_uint2(packed[0], packed[1]);
+}
+
 // Eight values a thread and trip, side by side, kept between the pass for the maximum and the one that rounds: a row is
 // read once. `columns` may be null. NaN anywhere makes the scale NaN, and with it the whole row of the product.
 template <int TRIPS>
@@ -44,12 +64,46 @@ __device__ __forceinline__ void round_row(In x, const float *columns, uint8_t *c
 #pragma unroll
   for (int trip = 0; trip < TRIPS; ++trip) {
     const int at = (trip * blockDim.x + threadIdx.x) * 8;
-    if (at >= width) continue;
-    uint32_t packed[2] = {0, 0};
+    if (at < width) code8(v[trip], inverse, codes + first + at);
+  }
+}
+
+// The same of a row's GELU, or with BACKWARD of dy times its slope; that is written to `made`, too. All in 16 bits, and so
+// it is kept: in fp32 two rows would leave registers for one block a processor.
+template <bool BACKWARD, int TRIPS>
+__device__ __forceinline__ void round_gelu(In x, In dy, Out made, const float *columns, uint8_t *codes, float *scale,
+                                           int width) {
+  __shared__ uint32_t shared[32];
+  const long first = static_cast<long>(blockIdx.x) * width;
+  uint4 raw[TRIPS], other[BACKWARD ? TRIPS : 1];
+  load_raw(x, first, width, raw);
+  if constexpr (BACKWARD) load_raw(dy, first, width, other);
+  float top = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; i += 2)
-      packed[i / 4] |= coded2(__fmul_rn(v[trip][i], inverse), __fmul_rn(v[trip][i + 1], inverse)) << (i % 4 * 8);
-    *reinterpret_cast<uint2 *>(codes + first + at) = make_uint2(packed[0], packed[1]);
+  for (int trip = 0; trip < TRIPS; ++trip) {
+    const int at = (trip * blockDim.x + threadIdx.x) * 8;
+    if (at >= width) continue;
+    float v[8], g[8];
+    unpack8(raw[trip], x.dtype, v);
+    if constexpr (BACKWARD) unpack8(other[trip], dy.dtype, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = BACKWARD ? g[i] * gelu_tanh_slope(v[i]) : gelu_tanh(v[i]);
+    raw[trip] = pack8(made.dtype, v);
+    *reinterpret_cast<uint4 *>(static_cast<uint16_t *>(made.data) + first + at) = raw[trip];
+    held8(raw[trip], made.dtype, columns, at, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = larger(top, v[i]);
+  }
+  const float s = scale_of(block_top(top, shared));
+  const float inverse = __frcp_rn(s);
+  if (threadIdx.x == 0) scale[blockIdx.x] = s;
+#pragma unroll
+  for (int trip = 0; trip < TRIPS; ++trip) {
+    const int at = (trip * blockDim.x + threadIdx.x) * 8;
+    if (at >= width) continue;
+    float v[8];
+    held8(raw[trip], made.dtype, columns, at, v);
+    code8(v, inverse, codes + first + at);
   }
 }
 
@@ -60,6 +114,14 @@ __device__ __forceinline__ void round_row(In x, const float *columns, uint8_t *c
   extern "C" __global__ void __launch_bounds__(320)                                                                    \
       eight_rows_##TRIPS(wan::In x, const float *columns, uint8_t *codes, float *scale, int width) {                   \
     wan::round_row<TRIPS>(x, columns, codes, scale, width);                                                            \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(320, 3) eight_gelu_##TRIPS(                                             \
+      wan::In x, wan::In dy, wan::Out made, const float *columns, uint8_t *codes, float *scale, int width) {           \
+    wan::round_gelu<false, TRIPS>(x, dy, made, columns, codes, scale, width);                                          \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(320, 3) eight_gelu_backward_##TRIPS(                                    \
+      wan::In x, wan::In dy, wan::Out made, const float *columns, uint8_t *codes, float *scale, int width) {           \
+    wan::round_gelu<true, TRIPS>(x, dy, made, columns, codes, scale, width);                                           \
   }
 EIGHT_ROWS(5)
 EIGHT_ROWS(6)

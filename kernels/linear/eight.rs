@@ -11,6 +11,7 @@ use super::{as_rows, check_backward, check_forward, cost, finished, Rounded};
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
 use crate::fp8::codec;
+use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use crate::{fp8, gate, num, Cost, Op, Result};
 
 /// `x` [.., i] as [`LinearEight`] rounds it. `None` off the card, where each product rounds for itself.
@@ -20,6 +21,53 @@ pub fn round(exec: &crate::Exec, x: &Tensor) -> Result<Option<Rounded>> {
         return gpu.timed(LinearEight::NAME, || Ok(Some(cuda::rounded_rows(gpu, LinearEight::NAME, x, 0)?)));
     }
     let _ = (exec, x);
+    Ok(None)
+}
+
+/// `x` as the products of forward round it, or those of backward with a weight.
+#[cfg(feature = "cuda")]
+pub(crate) fn round_for(exec: &crate::Exec, x: &Tensor, backward: Option<&fp8::Weight>) -> Result<Option<Rounded>> {
+    let (crate::Exec::Cuda { gpu, .. }, Some(weight)) = (exec, backward) else { return round(exec, x) };
+    let scale_o = crate::common::gpu::View::new(LinearEightBackward::NAME, weight.scale())?.address;
+    Ok(Some(cuda::rounded_rows(gpu, LinearEightBackward::NAME, x, scale_o)?))
+}
+
+/// `gelu_tanh(x)`, and that as [`LinearEight`] rounds it, in one pass. `None` off the card, and for fp32.
+pub fn gelu(exec: &crate::Exec, x: &Tensor) -> Result<Option<(Tensor, Rounded)>> {
+    GeluTanh::check(&ActivationArgs { x })?;
+    #[cfg(feature = "cuda")]
+    if let (crate::Exec::Cuda { gpu, .. }, false) = (exec, x.dtype() == DType::F32) {
+        let made = || cuda::rounded_gelu(gpu, GeluTanh::NAME, x, None, 0);
+        return gpu.timed(GeluTanh::NAME, || made().map(Some));
+    }
+    let _ = exec;
+    Ok(None)
+}
+
+/// `dx` of `gelu_tanh(x)`, and that as [`LinearEightBackward`] of `weight` rounds it, in one pass. `None` off the card, and
+/// for fp32.
+pub fn gelu_backward(
+    exec: &crate::Exec,
+    x: &Tensor,
+    dy: &Tensor,
+    weight: &fp8::Weight,
+) -> Result<Option<(Tensor, Rounded)>> {
+    GeluTanhBackward::check(&GeluTanhBackwardArgs { x, dy })?;
+    check_weight(GeluTanhBackward::NAME, weight)?;
+    gate::shape(
+        GeluTanhBackward::NAME,
+        "weight",
+        weight.scale(),
+        &[super::last(x), 1],
+        "an output for each column of x",
+    )?;
+    #[cfg(feature = "cuda")]
+    if let (crate::Exec::Cuda { gpu, .. }, false) = (exec, [x, dy].iter().any(|t| t.dtype() == DType::F32)) {
+        let scale_o = crate::common::gpu::View::new(GeluTanhBackward::NAME, weight.scale())?.address;
+        let made = || cuda::rounded_gelu(gpu, GeluTanhBackward::NAME, x, Some(dy), scale_o);
+        return gpu.timed(GeluTanhBackward::NAME, || made().map(Some));
+    }
+    let _ = exec;
     Ok(None)
 }
 
@@ -44,6 +92,8 @@ pub struct LinearEightBackward;
 /// `dy` [.., o], `weight` [o, i] [`by_rows`], `base` [.., i]; the result is [.., i].
 pub struct LinearEightBackwardArgs<'a> {
     pub dy: &'a Tensor,
+    /// `dy` rounded for this weight, where it was made so: [`gelu_backward`].
+    pub rounded: Option<&'a Rounded>,
     pub weight: &'a fp8::Weight,
     pub base: Option<Tensor>,
     /// Dtype of `dx`.
@@ -145,6 +195,9 @@ impl Op for LinearEightBackward {
 
     fn check(a: &LinearEightBackwardArgs<'_>) -> Result<()> {
         check_weight(Self::NAME, a.weight)?;
+        if let Some(rounded) = a.rounded {
+            rounded.check(Self::NAME, a.dy)?;
+        }
         check_backward(Self::NAME, a.dy, a.weight.shape(), a.base.as_ref(), a.out)
     }
 
@@ -161,10 +214,15 @@ impl Op for LinearEightBackward {
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearEightBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        let scale_o = crate::common::gpu::View::new(Self::NAME, a.weight.scale())?.address;
-        let rounded = &cuda::rounded_rows(gpu, Self::NAME, a.dy, scale_o)?;
         let added = [None, a.base.as_ref()];
-        cuda::eight(gpu, Self::NAME, a.dy, rounded, a.weight, false, added, (compute, a.out))
+        match a.rounded {
+            Some(rounded) => cuda::eight(gpu, Self::NAME, a.dy, rounded, a.weight, false, added, (compute, a.out)),
+            None => {
+                let scale_o = crate::common::gpu::View::new(Self::NAME, a.weight.scale())?.address;
+                let rounded = &cuda::rounded_rows(gpu, Self::NAME, a.dy, scale_o)?;
+                cuda::eight(gpu, Self::NAME, a.dy, rounded, a.weight, false, added, (compute, a.out))
+            }
+        }
     }
 }
 

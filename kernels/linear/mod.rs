@@ -56,9 +56,8 @@ impl crate::Exec {
 pub fn low_rank(exec: &crate::Exec, down_ri: &Tensor, up_or: &Tensor) -> Result<(Tensor, Tensor)> {
     #[cfg(feature = "cuda")]
     if let crate::Exec::Cuda { gpu, compute, .. } = exec {
-        return gpu.timed("low_rank", || {
-            Ok((cuda::padded(gpu, down_ri, *compute, 0)?, cuda::padded(gpu, up_or, *compute, 1)?))
-        });
+        let (down_ri, ups_or) = gpu.timed("low_rank", || cuda::low_rank(gpu, &[(down_ri, up_or)], *compute))?;
+        return Ok((down_ri, ups_or[0].clone()));
     }
     let _ = exec;
     Ok((down_ri.clone(), up_or.clone()))

@@ -30,15 +30,13 @@ pub struct Stack {
 impl Stack {
     /// Of pairs `down` [r, i], `up` [o, r]; all have one `i`.
     pub fn new(exec: &Exec, pairs: &[(&Tensor, &Tensor)]) -> Result<Self> {
-        let downs_ri: Vec<_> = pairs.iter().map(|(down_ri, _)| *down_ri).collect();
         #[cfg(feature = "cuda")]
         if let Exec::Cuda { gpu, compute, .. } = exec {
-            return gpu.timed("low_rank", || {
-                let ups_or = pairs.iter().map(|(_, up_or)| cuda::padded(gpu, up_or, *compute, 1));
-                Ok(Stack { ups_or: ups_or.collect::<Result<_>>()?, down_ri: cuda::stacked(gpu, &downs_ri, *compute)? })
-            });
+            let (down_ri, ups_or) = gpu.timed("low_rank", || cuda::low_rank(gpu, pairs, *compute))?;
+            return Ok(Stack { down_ri, ups_or });
         }
         let _ = exec;
+        let downs_ri: Vec<_> = pairs.iter().map(|(down_ri, _)| *down_ri).collect();
         let ups_or = pairs.iter().map(|(_, up_or)| (*up_or).clone()).collect();
         Ok(Stack { down_ri: Tensor::cat(&downs_ri, 0)?, ups_or })
     }

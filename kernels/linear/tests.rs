@@ -146,8 +146,9 @@ fn eight_bit_products_stay_near_those_of_the_same_weight() {
         let error = l2_error(&got, &want);
         assert!(error > 1e-4 && error < 0.05, "{error}");
         let want = exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy: &dy, weight, base: None, out }).unwrap();
-        let got =
-            exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, weight, base: None, out }).unwrap();
+        let got = exec
+            .run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, rounded: None, weight, base: None, out })
+            .unwrap();
         let error = l2_error(&got, &want);
         assert!(error > 1e-4 && error < 0.06, "{error}");
     }
@@ -214,7 +215,9 @@ fn an_addition_in_the_product_is_the_sum_of_both() {
     adds(onto_o, &|base| {
         exec.run::<LinearEight>(&LinearEightArgs { x, rounded: None, weight, bias_o, base, out }).unwrap()
     });
-    adds(onto_i, &|base| exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, weight, base, out }).unwrap());
+    adds(onto_i, &|base| {
+        exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded: None, weight, base, out }).unwrap()
+    });
 
     let args = LinearFp8BackwardArgs { dy, weight, base: Some(normal(3, &[2, 5, 63])), out };
     assert!(refused(exec.run::<LinearFp8Backward>(&args)).contains("base has shape [2, 5, 63]"));

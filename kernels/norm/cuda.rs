@@ -1,4 +1,4 @@
-//! The norms' kernels: one block a row, see `norm.cu`.
+//! The norms' kernels, see `norm.cu`.
 
 use candle_core::{DType, Tensor};
 
@@ -20,13 +20,34 @@ pub(super) enum Kind<'a> {
     },
 }
 
-/// Chunks of 1024 values that a forward kernel holds a row in. Backward kernels hold it in two chunks of twice as many
-/// threads as that.
-const CHUNKS: [usize; 5] = [1, 2, 3, 5, 8];
+/// Threads of a block there are kernels for; each thread holds 16 values of a row.
+const THREADS: [usize; 5] = [64, 128, 192, 320, 512];
+/// Two rows at a time are on their way to a block where they take no more shared memory than this, else one. Cards of
+/// sm_86 and sm_89 have 99 KiB a block.
+const TWO_STAGES: usize = 64 << 10;
 
 /// Whether a kernel takes rows of `d` (and heads of `h`).
 pub(super) fn fits(d: usize, h: Option<usize>) -> bool {
-    d.is_multiple_of(8) && d <= 1024 * CHUNKS[4] && h.is_none_or(|h| h.is_multiple_of(8))
+    d.is_multiple_of(8) && d <= 16 * THREADS[4] && h.is_none_or(|h| h.is_multiple_of(8))
+}
+
+/// A branch that joins `x` before the norm, by its gate [b, d] or [b, l, d] where it has one.
+pub(super) struct Branch<'a> {
+    pub gate: Option<&'a Tensor>,
+    /// Forward: the branch, like `x`.
+    pub joins: Option<&'a Tensor>,
+    /// Where forward writes the sum, and backward the branch's gradient.
+    pub written: &'a Tensor,
+}
+
+/// `wan::Branch`, and what it points to.
+fn branch_arg(op: &'static str, x: &Tensor, branch: Option<Branch<'_>>) -> Result<([Option<View>; 2], Arg)> {
+    let Some(Branch { gate, joins, written }) = branch else { return Ok(([None, None], Arg::longs(&[]))) };
+    let view = |t: Option<&Tensor>| t.map(|t| View::new(op, t)).transpose();
+    let (gate, joins, span) = (view(gate)?, view(joins)?, gate.map_or(1, |gate| span(x, gate)));
+    let [first, second] = [&gate, &joins].map(|v| (Arg::optional(v.as_ref()), 2));
+    let arg = Arg::join(&[first, second, (Arg::tensor(&View::new(op, written)?), 2), (Arg::i32(span), 1)]);
+    Ok(([gate, joins], arg))
 }
 
 /// Rows that share one vector: 0 for all.
@@ -38,8 +59,14 @@ fn span(x: &Tensor, a: &Tensor) -> usize {
     }
 }
 
-fn chunks(d: usize) -> usize {
-    CHUNKS.into_iter().find(|c| c * 1024 >= d).unwrap_or(CHUNKS[4])
+/// How rows of `d` values are gone through: threads of a block, launch, and rows on their way at a time.
+fn launch<const N: usize>(gpu: &Gpu, rows: usize, d: usize, staged: [Option<DType>; N]) -> (usize, Launch, usize) {
+    let threads = THREADS.into_iter().find(|t| 16 * t >= d).unwrap_or(THREADS[4]);
+    let row: usize = staged.iter().flatten().map(|dtype| 16 * threads * dtype.size_in_bytes()).sum();
+    let stages = if 2 * row <= TWO_STAGES { 2 } else { 1 };
+    // As many blocks as the kernels' registers are bounded for.
+    let blocks = rows.min(gpu.card().processors * (640 / threads).max(1));
+    (threads, Launch { grid: (blocks as u32, 1, 1), block: threads as u32, shared: stages * row }, stages)
 }
 
 struct Rotary([Option<View>; 2], [usize; 2]);
@@ -78,18 +105,24 @@ impl Rotary {
     }
 }
 
-/// `shape` is that of the result, whose elements are those of `x`.
+/// `shape` is that of the result, whose elements are those of `x`. A `branch` goes with [`Kind::Layer`].
+#[allow(clippy::too_many_arguments)]
 pub(super) fn forward(
     op: &'static str,
     gpu: &Gpu,
     x: &Tensor,
     a: &Tensor,
     kind: Kind<'_>,
+    branch: Option<Branch<'_>>,
     eps: f64,
     (out, shape): (DType, &[usize]),
 ) -> Result<Tensor> {
+    let name = branch.as_ref().map_or(kind.name(), |_| "residual");
+    let joins = branch.as_ref().and_then(|b| b.joins).map(Tensor::dtype);
+    let (_joining, branch) = branch_arg(op, x, branch)?;
     let d = x.dims()[x.rank() - 1];
     let rows = x.elem_count() / d;
+    let (threads, launch, stages) = launch(gpu, rows, d, [Some(x.dtype()), joins]);
     let y = gpu.empty(shape, out)?;
     let (x_view, a_view) = (View::new(op, x)?, View::new(op, a)?);
     let b_view = match kind {
@@ -104,12 +137,14 @@ pub(super) fn forward(
         Arg::i32(span(x, a)),
         Arg::f32(kind.one()),
         rotary.arg(),
+        branch,
         Arg::tensor(&View::new(op, &y)?),
+        Arg::i32(rows),
         Arg::i32(d),
         Arg::f32(eps as f32),
+        Arg::i32(stages),
     ];
-    let name = format!("{}_fwd_{}", kind.name(), chunks(d));
-    gpu.launch("norm/norm", &name, Launch::blocks((rows, 1, 1), 128), &args)?;
+    gpu.launch("norm/norm", &format!("{name}_fwd_{threads}"), launch, &args)?;
     Ok(y)
 }
 
@@ -122,11 +157,15 @@ pub(super) fn backward(
     kind: Kind<'_>,
     dy: &Tensor,
     dres: Option<&Tensor>,
+    branch: Option<Branch<'_>>,
     eps: f64,
     out: DType,
 ) -> Result<Tensor> {
+    let name = branch.as_ref().map_or(kind.name(), |_| "residual");
+    let (_joining, branch) = branch_arg(op, x, branch)?;
     let d = x.dims()[x.rank() - 1];
     let rows = x.elem_count() / d;
+    let (threads, launch, stages) = launch(gpu, rows, d, [Some(x), Some(dy), dres].map(|t| t.map(Tensor::dtype)));
     let dx = gpu.empty(x.shape(), out)?;
     let (x_view, a_view, dy_view) = (View::new(op, x)?, View::new(op, a)?, View::new(op, dy)?);
     let dres_view = dres.map(|t| View::new(op, t)).transpose()?;
@@ -139,12 +178,13 @@ pub(super) fn backward(
         rotary.arg(),
         Arg::tensor(&dy_view),
         Arg::optional(dres_view.as_ref()),
+        branch,
         Arg::tensor(&View::new(op, &dx)?),
+        Arg::i32(rows),
         Arg::i32(d),
         Arg::f32(eps as f32),
+        Arg::i32(stages),
     ];
-    let threads = 64 * chunks(d);
-    let name = format!("{}_bwd_{threads}", kind.name());
-    gpu.launch("norm/norm", &name, Launch::blocks((rows, 1, 1), threads as u32), &args)?;
+    gpu.launch("norm/norm", &format!("{name}_bwd_{threads}"), launch, &args)?;
     Ok(dx)
 }

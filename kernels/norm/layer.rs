@@ -98,7 +98,7 @@ impl Op for LayerNormModulate {
             return Self::reference(a, compute);
         }
         let kind = Kind::Layer { one: 1.0, b: Some(a.shift) };
-        cuda::forward(Self::NAME, gpu, a.x_bld, a.scale, kind, a.eps, (a.out, a.x_bld.dims()))
+        cuda::forward(Self::NAME, gpu, a.x_bld, a.scale, kind, None, a.eps, (a.out, a.x_bld.dims()))
     }
 }
 
@@ -142,7 +142,7 @@ impl Op for LayerNormModulateBackward {
             return Self::reference(a, compute);
         }
         let kind = Kind::Layer { one: 1.0, b: None };
-        cuda::backward(Self::NAME, gpu, a.x_bld, a.scale, kind, a.dy_bld, a.dres_bld, a.eps, a.out)
+        cuda::backward(Self::NAME, gpu, a.x_bld, a.scale, kind, a.dy_bld, a.dres_bld, None, a.eps, a.out)
     }
 }
 
@@ -182,7 +182,7 @@ impl Op for LayerNorm {
             return Self::reference(a, compute);
         }
         let kind = Kind::Layer { one: 0.0, b: Some(a.bias_d) };
-        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, kind, a.eps, (a.out, a.x.dims()))
+        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, kind, None, a.eps, (a.out, a.x.dims()))
     }
 }
 
@@ -227,7 +227,7 @@ impl Op for LayerNormBackward {
             return Self::reference(a, compute);
         }
         let kind = Kind::Layer { one: 0.0, b: None };
-        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, kind, a.dy, a.dres, a.eps, a.out)
+        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, kind, a.dy, a.dres, None, a.eps, a.out)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Normalisation over the model width, fused with what follows it: LayerNorm + modulation, affine LayerNorm, RMSNorm,
-//! RMSNorm + rotary embedding. Each backward stands next to its forward.
+//! RMSNorm + rotary embedding; LayerNorm of a sum that is written, too. Each backward stands next to its forward.
 //!
 //! Inputs may be fp32 or 16-bit, everything inside is fp32, the result is rounded once, to `out`; `compute` plays no
 //! part. Statistics are not returned: a backward recomputes them from `x`, which costs less than keeping two values a
@@ -15,6 +15,7 @@ use crate::{num, Result};
 mod cuda;
 mod layer;
 mod rms;
+mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,9 @@ pub use layer::{
 pub use rms::{
     RmsNorm, RmsNormArgs, RmsNormBackward, RmsNormBackwardArgs, RmsNormRope, RmsNormRopeArgs, RmsNormRopeBackward,
     RmsNormRopeBackwardArgs,
+};
+pub use sum::{
+    After, Normed, NormedGrads, ResidualNorm, ResidualNormArgs, ResidualNormBackward, ResidualNormBackwardArgs,
 };
 
 /// `dx` through a LayerNorm for the gradient `g` of its normalised value:

@@ -90,7 +90,7 @@ impl Op for RmsNorm {
         if !cuda::fits(a.weight_d.elem_count(), None) {
             return Self::reference(a, compute);
         }
-        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, a.eps, (a.out, a.x.dims()))
+        cuda::forward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, None, a.eps, (a.out, a.x.dims()))
     }
 }
 
@@ -124,7 +124,7 @@ impl Op for RmsNormBackward {
         if !cuda::fits(a.weight_d.elem_count(), None) {
             return Self::reference(a, compute);
         }
-        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, a.dy, None, a.eps, a.out)
+        cuda::backward(Self::NAME, gpu, a.x, a.weight_d, Kind::Rms, a.dy, None, None, a.eps, a.out)
     }
 }
 
@@ -164,7 +164,7 @@ impl Op for RmsNormRope {
             return Self::reference(a, compute);
         }
         let kind = Kind::RmsRope { cos_lk: a.cos_lk, sin_lk: a.sin_lk };
-        cuda::forward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, a.eps, (a.out, &[b, l, d / h, h]))
+        cuda::forward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, None, a.eps, (a.out, &[b, l, d / h, h]))
     }
 }
 
@@ -205,7 +205,7 @@ impl Op for RmsNormRopeBackward {
             return Self::reference(a, compute);
         }
         let kind = Kind::RmsRope { cos_lk: a.cos_lk, sin_lk: a.sin_lk };
-        cuda::backward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, a.dy_blnh, None, a.eps, a.out)
+        cuda::backward(Self::NAME, gpu, a.x_bld, a.weight_d, kind, a.dy_blnh, None, None, a.eps, a.out)
     }
 }
 

@@ -220,3 +220,46 @@ fn the_gates_name_what_is_wrong() {
     let args = LayerNormArgs { x: &x, weight_d: &weight, bias_d: &vector, eps: EPS, out: DType::F32 };
     assert!(refused(exec.run::<LayerNorm>(&args)).contains("bias_d"));
 }
+
+#[test]
+fn a_norm_of_a_sum_equals_the_tape() {
+    for size in SIZES {
+        let [b, l, d] = size;
+        let (x, branch) = (var(&stream(&size)), var(&normal(2, &size)));
+        let (dy, dsum) = (normal(6, &size), normal(7, &size));
+        let ([per_sample, per_token], shift) = (modulations(3, size), normal(4, &[b, d]));
+        let (weight_d, bias_d) = (&normal(5, &[d]), &normal(8, &[d]));
+        let (affine, modulated) =
+            (After::Affine { weight_d, bias_d }, After::Modulation { shift: &shift, scale: &per_sample });
+        for (gate, after) in [(Some(&per_token), affine), (Some(&per_sample), modulated), (None, modulated)] {
+            let (exec, eps, stream, out) = (Exec::cpu(), EPS, DType::F32, DType::F32);
+            let (x_bld, branch_bld) = (x.as_tensor(), branch.as_tensor());
+            let args = ResidualNormArgs { x_bld, branch_bld, gate, after, eps, stream, out };
+            let Normed { sum_bld, y_bld } = exec.run::<ResidualNorm>(&args).unwrap();
+            let both = Tensor::cat(&[&sum_bld, &y_bld], 2).unwrap();
+            let want = tape_grads(&both, &Tensor::cat(&[&dsum, &dy], 2).unwrap(), &[&x, &branch]);
+            let (sum_bld, dy_bld, dsum_bld) = (&sum_bld.detach(), &dy, &dsum);
+            let args = ResidualNormBackwardArgs { sum_bld, gate, after, dy_bld, dsum_bld, eps, stream, out };
+            let got = exec.run::<ResidualNormBackward>(&args).unwrap();
+            // As for the norms alone, but a width of 1 divides rounding errors by the root of epsilon.
+            let tolerance = if d == 1 { 1e-4 } else { 1e-5 };
+            assert_close(&got.dx_bld, &want[0], tolerance);
+            assert_close(&got.dbranch_bld, &want[1], tolerance);
+            assert_eq!(got.dx_bld.dims(), [b, l, d]);
+        }
+    }
+}
+
+#[test]
+fn a_norm_of_a_sum_refuses_what_does_not_fit() {
+    let (x, y, d4, d5) = (normal(1, &[2, 3, 4]), normal(2, &[2, 3, 5]), normal(3, &[4]), normal(4, &[5]));
+    let run = |branch_bld, gate, weight_d| {
+        let (after, stream, out) = (After::Affine { weight_d, bias_d: &d4 }, DType::F32, DType::F32);
+        let args = ResidualNormArgs { x_bld: &x, branch_bld, gate, after, eps: EPS, stream, out };
+        Exec::cpu().run::<ResidualNorm>(&args)
+    };
+    assert!(run(&x, None, &d4).is_ok());
+    assert!(refused(run(&y, None, &d4)).contains("branch_bld"));
+    assert!(refused(run(&x, Some(&d4), &d4)).contains("gate"));
+    assert!(refused(run(&x, None, &d5)).contains("weight_d"));
+}

@@ -8,7 +8,8 @@
 //! Every tensor is written (`=`); only the adapters' gradients are accumulated, in the sink.
 
 use candle_core::{DType, Tensor};
-use wan_kernels::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
+use wan_kernels::gelu::{ActivationArgs, GeluTanh};
+use wan_kernels::norm::NormedGrads;
 use wan_kernels::Exec;
 
 use super::embed::{Modulation, TimeEmbedding};
@@ -65,11 +66,11 @@ impl Block<'_> {
     /// `x` `[b, l, d]` to the block's output; nothing is kept.
     pub fn predict(&self, w: &BlockWeights, x_bld: &Tensor, probe: &mut Probe) -> Result<Tensor> {
         let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
-        let (_, x1_bld) = self.self_attention(w, &mods, x_bld, None, probe)?;
-        let (_, cross_bld) = self.cross_attention(w, &x1_bld, probe)?;
-        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        let (_, x1_bld, h3_bld) = self.self_attention(w, &mods, x_bld, None, probe)?;
+        let (_, cross_bld) = self.cross_attention(w, h3_bld, probe)?;
+        let (x2_bld, h2_bld) = self.added_modulated(&x1_bld, &cross_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
         drop((x1_bld, cross_bld));
-        let ffn = self.feed_forward(w, &mods, &x2_bld)?;
+        let ffn = self.feed_forward(w, h2_bld)?;
         Ok(self.feed_forward_end(w, &mods, &ffn, &x2_bld, probe)?.0)
     }
 
@@ -78,18 +79,18 @@ impl Block<'_> {
         let mut probe = Probe::off();
         let mods = self.cx.time.modulation(self.exec, &w.modulation)?;
         let all = plan.keep == SavePolicy::KeepAll;
-        let (self_attn, x1_bld) = self.self_attention(w, &mods, &x_bld, None, &mut probe)?;
+        let (self_attn, x1_bld, h3_bld) = self.self_attention(w, &mods, &x_bld, None, &mut probe)?;
         let (whole, attn) = match plan.keep {
             SavePolicy::KeepAll => (Some(self_attn), None),
             SavePolicy::KeepAttention => (None, Some(self_attn.attn)),
             SavePolicy::Recompute => (None, None),
         };
-        let (cross_attn, cross_bld) = self.cross_attention(w, &x1_bld, &mut probe)?;
+        let (cross_attn, cross_bld) = self.cross_attention(w, h3_bld, &mut probe)?;
         let cross_attn = all.then_some(cross_attn);
-        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        let (x2_bld, h2_bld) = self.added_modulated(&x1_bld, &cross_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
         drop(x1_bld);
         let cross_bld = all.then_some(cross_bld);
-        let mut ffn = self.feed_forward(w, &mods, &x2_bld)?;
+        let mut ffn = self.feed_forward(w, h2_bld)?;
         let (out_bld, h) = self.feed_forward_end(w, &mods, &ffn, &x2_bld, &mut probe)?;
         drop(x2_bld);
         ffn.second_h = h;
@@ -102,7 +103,7 @@ impl Block<'_> {
         Ok((out_bld, Stored::new(BlockSaved { x_bld, kept }, self.exec, plan.home)?))
     }
 
-    /// The self-attention part and the stream after it. `attn`: its attention, where it was kept; queries, keys and
+    /// The self-attention part, the stream after it and that normed for cross-attention. `attn`: its attention, where it was kept; queries, keys and
     /// values are then left for later.
     fn self_attention(
         &self,
@@ -111,7 +112,7 @@ impl Block<'_> {
         x_bld: &Tensor,
         attn: Option<AttnOut>,
         probe: &mut Probe,
-    ) -> Result<(SelfAttention, Tensor)> {
+    ) -> Result<(SelfAttention, Tensor, Tensor)> {
         let sa = &w.self_attn;
         let (qkv, attn) = match attn {
             Some(attn) => (None, attn),
@@ -137,8 +138,8 @@ impl Block<'_> {
         };
         let o = self.linear("self_attn.o", &sa.o, &self.tokens(&attn.o_blnh)?)?;
         probe.see_in_block(self.index, "self_attn_out", &o.y)?;
-        let x1_bld = self.gated(x_bld, &o.y, &mods.get(GATE_SA)?)?;
-        Ok((SelfAttention { qkv, attn, o }, x1_bld))
+        let (x1_bld, h3_bld) = self.gated_norm3(w, x_bld, &o.y, &mods.get(GATE_SA)?)?;
+        Ok((SelfAttention { qkv, attn, o }, x1_bld, h3_bld))
     }
 
     /// The linears that make queries, keys and values, for an input like `h1`.
@@ -160,14 +161,8 @@ impl Block<'_> {
     }
 
     /// The cross-attention part, and what it adds to the stream.
-    fn cross_attention(
-        &self,
-        w: &BlockWeights,
-        x1_bld: &Tensor,
-        probe: &mut Probe,
-    ) -> Result<(CrossAttention, Tensor)> {
+    fn cross_attention(&self, w: &BlockWeights, h3_bld: Tensor, probe: &mut Probe) -> Result<(CrossAttention, Tensor)> {
         let cross = &w.cross_attn;
-        let h3_bld = self.norm3(w, x1_bld)?;
         probe.see_in_block(self.index, "norm3", &h3_bld)?;
         let q = self.linear("cross_attn.q", &cross.q, &h3_bld)?;
         drop(h3_bld);
@@ -184,8 +179,7 @@ impl Block<'_> {
     }
 
     /// The first product of the feed-forward part.
-    fn feed_forward(&self, w: &BlockWeights, mods: &Modulation, x2_bld: &Tensor) -> Result<FeedForward> {
-        let h2_bld = self.modulated(x2_bld, mods, SHIFT_FFN, SCALE_FFN)?;
+    fn feed_forward(&self, w: &BlockWeights, h2_bld: Tensor) -> Result<FeedForward> {
         Ok(FeedForward { first: self.linear("ffn.0", &w.ffn_0, &h2_bld)?, second_h: None })
     }
 
@@ -198,8 +192,9 @@ impl Block<'_> {
         x2_bld: &Tensor,
         probe: &mut Probe,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &ffn.first.y })?;
-        let second = self.linear("ffn.2", &w.ffn_2, &g_blf)?;
+        let (g_blf, rounded) = w.ffn_2.gelu(self.exec, &ffn.first.y)?;
+        let second = self.site("ffn.2", &w.ffn_2, &g_blf)?.forward_rounded(&g_blf, rounded.as_ref())?;
+        drop((g_blf, rounded));
         probe.see_in_block(self.index, "ffn_out", &second.y)?;
         let out_bld = self.gated(x2_bld, &second.y, &mods.get(GATE_FFN)?)?;
         probe.see_in_block(self.index, "out", &out_bld)?;
@@ -236,27 +231,30 @@ impl Block<'_> {
         let g_blf = self.exec.run::<GeluTanh>(&ActivationArgs { x: &f0_blf })?;
         let dg_blf = self.linear_backward("ffn.2", &w.ffn_2, &g_blf, second_h.as_ref(), &df2_bld, sink)?;
         drop((g_blf, df2_bld, second_h));
-        let df0_blf = self.exec.run::<GeluTanhBackward>(&GeluTanhBackwardArgs { x: &f0_blf, dy: &dg_blf })?;
+        let (df0_blf, rounded) = w.ffn_0.gelu_backward(self.exec, &f0_blf, &dg_blf)?;
         drop((dg_blf, f0_blf));
-        let (x1_bld, x2_bld) = match stream {
+        let (x1_bld, x2_bld, h2_bld) = match stream {
             Stream::Before { x1_bld, cross_bld } => {
-                let x2_bld = self.added(&x1_bld, &cross_bld)?;
-                (Some(x1_bld), x2_bld)
+                let (x2_bld, h2_bld) = self.added_modulated(&x1_bld, &cross_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
+                (Some(x1_bld), x2_bld, h2_bld)
             }
-            Stream::Behind { x2_bld } => (None, x2_bld),
+            Stream::Behind { x2_bld } => {
+                let h2_bld = self.modulated(&x2_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
+                (None, x2_bld, h2_bld)
+            }
         };
-        let h2_bld = self.modulated(&x2_bld, &mods, SHIFT_FFN, SCALE_FFN)?;
-        let dh2_bld = self.linear_backward("ffn.0", &w.ffn_0, &h2_bld, f0_h.as_ref(), &df0_blf, sink)?;
-        drop((df0_blf, h2_bld, f0_h));
+        let ffn_0 = self.site("ffn.0", &w.ffn_0, &h2_bld)?;
+        let dh2_bld = ffn_0.backward_rounded(&h2_bld, f0_h.as_ref(), &df0_blf, rounded.as_ref(), None, sink)?;
+        drop((df0_blf, rounded, h2_bld, f0_h));
         past_peak()?;
-        let dx2_bld = self.modulated_backward(&x2_bld, &mods, SCALE_FFN, &dh2_bld, &dout_bld)?;
+        let NormedGrads { dx_bld: dx2_bld, dbranch_bld: dcross_bld } =
+            self.added_modulated_backward(&x2_bld, &mods, [SHIFT_FFN, SCALE_FFN], &dh2_bld, &dout_bld)?;
         drop((x2_bld, dh2_bld, dout_bld));
 
         // x2 = x1 + o(attention(q(h3), text) + attention(q(h3), image))
         let cross = &w.cross_attn;
         let CrossAttention { q: LinearOut { y: cq_bld, h: cq_h }, text, image, o_h } = cross_attn;
         let co_bld = self.cross_sum(&text, image.as_ref())?;
-        let dcross_bld = self.exec.cast(&dx2_bld)?;
         let dco_bld = self.linear_backward("cross_attn.o", &cross.o, &co_bld, o_h.as_ref(), &dcross_bld, sink)?;
         drop((co_bld, dcross_bld, o_h));
         let cq_blnh = self.heads(&self.rms(&cq_bld, &cross.norm_q)?)?;
@@ -281,12 +279,12 @@ impl Block<'_> {
         let h3_bld = self.norm3(w, &x1_bld)?;
         let dh3_bld = self.linear_backward("cross_attn.q", &cross.q, &h3_bld, cq_h.as_ref(), &dcq_bld, sink)?;
         drop((h3_bld, dcq_bld, cq_h));
-        let dx1_bld = self.norm3_backward(w, &x1_bld, &dh3_bld, &dx2_bld)?;
+        let NormedGrads { dx_bld: dx1_bld, dbranch_bld: da_bld } =
+            self.gated_norm3_backward(w, &x1_bld, &mods.get(GATE_SA)?, &dh3_bld, &dx2_bld)?;
         drop((x1_bld, dx2_bld, dh3_bld));
 
         // x1 = x + gate · o(attention(rope q, rope k, v))
         let sa = &w.self_attn;
-        let da_bld = self.gate_backward(&dx1_bld, &mods.get(GATE_SA)?)?;
         let o_bld = self.tokens(&attn.o_blnh)?;
         let do_bld = self.linear_backward("self_attn.o", &sa.o, &o_bld, o_h.as_ref(), &da_bld, sink)?;
         drop((da_bld, o_bld, o_h));
@@ -318,11 +316,11 @@ impl Block<'_> {
         attn: Option<AttnOut>,
     ) -> Result<(SelfAttention, CrossAttention, Stream, FeedForward)> {
         let mut probe = Probe::off();
-        let (self_attn, x1_bld) = self.self_attention(w, mods, x_bld, attn, &mut probe)?;
-        let (cross_attn, cross_bld) = self.cross_attention(w, &x1_bld, &mut probe)?;
-        let x2_bld = self.added(&x1_bld, &cross_bld)?;
+        let (self_attn, x1_bld, h3_bld) = self.self_attention(w, mods, x_bld, attn, &mut probe)?;
+        let (cross_attn, cross_bld) = self.cross_attention(w, h3_bld, &mut probe)?;
+        let (x2_bld, h2_bld) = self.added_modulated(&x1_bld, &cross_bld, mods, SHIFT_FFN, SCALE_FFN)?;
         drop((x1_bld, cross_bld));
-        let ffn = self.feed_forward(w, mods, &x2_bld)?;
+        let ffn = self.feed_forward(w, h2_bld)?;
         Ok((self_attn, cross_attn, Stream::Behind { x2_bld }, ffn))
     }
 }

@@ -7,9 +7,10 @@ use wan_kernels::gate_residual::{
     GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
 };
 use wan_kernels::norm::{
-    LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate, LayerNormModulateArgs,
-    LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNorm, RmsNormArgs, RmsNormBackward,
-    RmsNormBackwardArgs, RmsNormRope, RmsNormRopeArgs, RmsNormRopeBackward, RmsNormRopeBackwardArgs,
+    After, LayerNorm, LayerNormArgs, LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward,
+    LayerNormModulateBackwardArgs, Normed, NormedGrads, ResidualNorm, ResidualNormArgs, ResidualNormBackward,
+    ResidualNormBackwardArgs, RmsNorm, RmsNormArgs, RmsNormBackward, RmsNormBackwardArgs, RmsNormRope, RmsNormRopeArgs,
+    RmsNormRopeBackward, RmsNormRopeBackwardArgs,
 };
 use wan_kernels::Exec;
 
@@ -111,22 +112,86 @@ impl Block<'_> {
         Ok(self.exec.run::<LayerNorm>(&args)?)
     }
 
-    /// Its `dx` plus the gradient that reaches `x` by the stream.
-    pub(super) fn norm3_backward(
+    /// `x + gate·y`, in the stream's dtype, and [`Block::norm3`] of that.
+    pub(super) fn gated_norm3(
         &self,
         w: &BlockWeights,
-        x: &Tensor,
-        dy: &Tensor,
+        x_bld: &Tensor,
+        y_bld: &Tensor,
+        gate: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let after = After::Affine { weight_d: &w.norm3.weight, bias_d: &w.norm3.bias };
+        self.residual_norm(x_bld, y_bld, Some(gate), after)
+    }
+
+    /// Gradients of `x` and `y`, from that of the norm and the one that reaches the sum `x1` by the stream.
+    pub(super) fn gated_norm3_backward(
+        &self,
+        w: &BlockWeights,
+        x1_bld: &Tensor,
+        gate: &Tensor,
+        dy_bld: &Tensor,
         dstream_bld: &Tensor,
-    ) -> Result<Tensor> {
-        Ok(self.exec.run::<LayerNormBackward>(&LayerNormBackwardArgs {
-            x,
-            weight_d: &w.norm3.weight,
-            dy,
-            dres: Some(dstream_bld),
-            eps: self.arch.eps,
-            out: self.stream(),
-        })?)
+    ) -> Result<NormedGrads> {
+        let after = After::Affine { weight_d: &w.norm3.weight, bias_d: &w.norm3.bias };
+        self.residual_norm_backward(x1_bld, Some(gate), after, dy_bld, dstream_bld)
+    }
+
+    /// `x + y`, in the stream's dtype, and [`Block::modulated`] of that.
+    pub(super) fn added_modulated(
+        &self,
+        x_bld: &Tensor,
+        y_bld: &Tensor,
+        mods: &Modulation,
+        shift: usize,
+        scale: usize,
+    ) -> Result<(Tensor, Tensor)> {
+        if self.numerics.round_norms {
+            let sum_bld = self.added(x_bld, y_bld)?;
+            let h_bld = self.modulated(&sum_bld, mods, shift, scale)?;
+            return Ok((sum_bld, h_bld));
+        }
+        let after = After::Modulation { shift: &mods.get(shift)?, scale: &mods.get(scale)? };
+        self.residual_norm(x_bld, y_bld, None, after)
+    }
+
+    /// Gradients of `x` and `y`, from that of the norm and the one that reaches the sum `x2` by the stream.
+    pub(super) fn added_modulated_backward(
+        &self,
+        x2_bld: &Tensor,
+        mods: &Modulation,
+        [shift, scale]: [usize; 2],
+        dy_bld: &Tensor,
+        dstream_bld: &Tensor,
+    ) -> Result<NormedGrads> {
+        let after = After::Modulation { shift: &mods.get(shift)?, scale: &mods.get(scale)? };
+        self.residual_norm_backward(x2_bld, None, after, dy_bld, dstream_bld)
+    }
+
+    fn residual_norm(
+        &self,
+        x_bld: &Tensor,
+        branch_bld: &Tensor,
+        gate: Option<&Tensor>,
+        after: After<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (stream, out) = (self.stream(), self.exec.compute());
+        let args = ResidualNormArgs { x_bld, branch_bld, gate, after, eps: self.arch.eps, stream, out };
+        let Normed { sum_bld, y_bld } = self.exec.run::<ResidualNorm>(&args)?;
+        Ok((sum_bld, y_bld))
+    }
+
+    fn residual_norm_backward(
+        &self,
+        sum_bld: &Tensor,
+        gate: Option<&Tensor>,
+        after: After<'_>,
+        dy_bld: &Tensor,
+        dsum_bld: &Tensor,
+    ) -> Result<NormedGrads> {
+        let (eps, stream, out) = (self.arch.eps, self.stream(), self.exec.compute());
+        let args = ResidualNormBackwardArgs { sum_bld, gate, after, dy_bld, dsum_bld, eps, stream, out };
+        Ok(self.exec.run::<ResidualNormBackward>(&args)?)
     }
 
     /// `x + gate·y`, in the stream's dtype.
