@@ -13,8 +13,9 @@ use crate::linear::{
     LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
 };
 use crate::norm::{
-    LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs, RmsNormRope,
-    RmsNormRopeArgs, RmsNormRopeBackward, RmsNormRopeBackwardArgs,
+    After, LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs,
+    ResidualNorm, ResidualNormArgs, ResidualNormBackward, ResidualNormBackwardArgs, RmsNormRope, RmsNormRopeArgs,
+    RmsNormRopeBackward, RmsNormRopeBackwardArgs,
 };
 use crate::{fp8, int8, Cost, Exec, Op, Result};
 
@@ -145,6 +146,13 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
     let (x_bld, dres_bld) = (&x32, Some(&x32));
     let args = LayerNormModulateBackwardArgs { x_bld, scale: &vector, dy_bld: &dy, dres_bld, eps, out: DType::F32 };
     rows.push(time::<LayerNormModulateBackward>(exec, gpu, case(""), &args, runs)?);
+    let after = After::Modulation { shift: &vector, scale: &vector };
+    let (gate, stream, out) = (Some(&vector), DType::F32, compute);
+    let args = ResidualNormArgs { x_bld, branch_bld: &dy, gate, after, eps, stream, out };
+    rows.push(time::<ResidualNorm>(exec, gpu, case(""), &args, runs)?);
+    let dsum_bld = &x32;
+    let args = ResidualNormBackwardArgs { sum_bld: x_bld, gate, after, dy_bld: &dy, dsum_bld, eps, stream, out };
+    rows.push(time::<ResidualNormBackward>(exec, gpu, case(""), &args, runs)?);
     let (weight, angle) = (random(gpu, &[d], compute)?, random(gpu, &[l, h / 2], DType::F32)?);
     let (x_bld, weight_d, cos_lk, sin_lk, dy_blnh) = (&x, &weight, &angle, &angle, &dy.reshape((1, l, n, h))?);
     let args = RmsNormRopeArgs { x_bld, weight_d, cos_lk, sin_lk, eps, out: compute };

@@ -103,8 +103,8 @@ impl Block<'_> {
         Ok((out_bld, Stored::new(BlockSaved { x_bld, kept }, self.exec, plan.home)?))
     }
 
-    /// The self-attention part, the stream after it and that normed for cross-attention. `attn`: its attention, where it was kept; queries, keys and
-    /// values are then left for later.
+    /// The self-attention part, the stream after it and that normed for cross-attention. `attn`: its attention, where it
+    /// was kept; queries, keys and values are then left for later.
     fn self_attention(
         &self,
         w: &BlockWeights,
