@@ -96,6 +96,16 @@ pub enum Rounded {
     Int8(wan_kernels::linear::Rounded),
 }
 
+impl Rounded {
+    fn eight(&self) -> Option<&wan_kernels::linear::Rounded> {
+        if let Rounded::Eight(rounded) = self {
+            Some(rounded)
+        } else {
+            None
+        }
+    }
+}
+
 /// `y = x Wᵀ + b` with a weight that never changes.
 #[derive(Debug, Clone)]
 pub struct Frozen {
@@ -162,7 +172,7 @@ impl Frozen {
             (Weight::Dense(w), _) => exec.run::<Linear>(&LinearArgs { x, weight_oi: w, bias_o, base, out })?,
             (Weight::Fp8(weight), _) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out })?,
             (Weight::Fp8Fast(weight), rounded) => {
-                let rounded = rounded.and_then(|r| if let Rounded::Eight(r) = r { Some(r) } else { None });
+                let rounded = rounded.and_then(Rounded::eight);
                 exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o, base, out })?
             }
             (Weight::Int8(weight), rounded) => {
@@ -219,7 +229,7 @@ impl Frozen {
             Weight::Dense(w) => exec.run::<LinearBackward>(&LinearBackwardArgs { dy, weight_oi: w, base, out })?,
             Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out })?,
             Weight::Fp8Fast(weight) => {
-                let rounded = rounded.and_then(|r| if let Rounded::Eight(r) = r { Some(r) } else { None });
+                let rounded = rounded.and_then(Rounded::eight);
                 exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded, weight, base, out })?
             }
             Weight::Int8(weight) => {

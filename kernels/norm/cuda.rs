@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::rows::{self, Rows};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::Result;
 
@@ -20,15 +21,9 @@ pub(super) enum Kind<'a> {
     },
 }
 
-/// Threads of a block there are kernels for; each thread holds 16 values of a row.
-const THREADS: [usize; 5] = [64, 128, 192, 320, 512];
-/// Two rows at a time are on their way to a block where they take no more shared memory than this, else one. Cards of
-/// sm_86 and sm_89 have 99 KiB a block.
-const TWO_STAGES: usize = 64 << 10;
-
 /// Whether a kernel takes rows of `d` (and heads of `h`).
 pub(super) fn fits(d: usize, h: Option<usize>) -> bool {
-    d.is_multiple_of(8) && d <= 16 * THREADS[4] && h.is_none_or(|h| h.is_multiple_of(8))
+    d.is_multiple_of(8) && d <= rows::WIDEST && h.is_none_or(|h| h.is_multiple_of(8))
 }
 
 /// A branch that joins `x` before the norm, by its gate [b, d] or [b, l, d] where it has one.
@@ -59,14 +54,10 @@ fn span(x: &Tensor, a: &Tensor) -> usize {
     }
 }
 
-/// How rows of `d` values are gone through: threads of a block, launch, and rows on their way at a time.
-fn launch<const N: usize>(gpu: &Gpu, rows: usize, d: usize, staged: [Option<DType>; N]) -> (usize, Launch, usize) {
-    let threads = THREADS.into_iter().find(|t| 16 * t >= d).unwrap_or(THREADS[4]);
-    let row: usize = staged.iter().flatten().map(|dtype| 16 * threads * dtype.size_in_bytes()).sum();
-    let stages = if 2 * row <= TWO_STAGES { 2 } else { 1 };
-    // As many blocks as the kernels' registers are bounded for.
-    let blocks = rows.min(gpu.card().processors * (640 / threads).max(1));
-    (threads, Launch { grid: (blocks as u32, 1, 1), block: threads as u32, shared: stages * row }, stages)
+/// The launch that goes through `rows`, with as many blocks as the kernels' registers are bounded for.
+fn launch(gpu: &Gpu, rows: usize, through: &Rows) -> Launch {
+    let blocks = rows.min(gpu.card().processors * (640 / through.threads).max(1));
+    Launch { grid: (blocks as u32, 1, 1), block: through.threads as u32, shared: through.shared }
 }
 
 struct Rotary([Option<View>; 2], [usize; 2]);
@@ -122,7 +113,7 @@ pub(super) fn forward(
     let (_joining, branch) = branch_arg(op, x, branch)?;
     let d = x.dims()[x.rank() - 1];
     let rows = x.elem_count() / d;
-    let (threads, launch, stages) = launch(gpu, rows, d, [Some(x.dtype()), joins]);
+    let through = Rows::new(d, [Some(x.dtype()), joins]);
     let y = gpu.empty(shape, out)?;
     let (x_view, a_view) = (View::new(op, x)?, View::new(op, a)?);
     let b_view = match kind {
@@ -142,9 +133,9 @@ pub(super) fn forward(
         Arg::i32(rows),
         Arg::i32(d),
         Arg::f32(eps as f32),
-        Arg::i32(stages),
+        Arg::i32(through.stages),
     ];
-    gpu.launch("norm/norm", &format!("{name}_fwd_{threads}"), launch, &args)?;
+    gpu.launch("norm/norm", &format!("{name}_fwd_{}", through.threads), launch(gpu, rows, &through), &args)?;
     Ok(y)
 }
 
@@ -165,7 +156,7 @@ pub(super) fn backward(
     let (_joining, branch) = branch_arg(op, x, branch)?;
     let d = x.dims()[x.rank() - 1];
     let rows = x.elem_count() / d;
-    let (threads, launch, stages) = launch(gpu, rows, d, [Some(x), Some(dy), dres].map(|t| t.map(Tensor::dtype)));
+    let through = Rows::new(d, [Some(x), Some(dy), dres].map(|t| t.map(Tensor::dtype)));
     let dx = gpu.empty(x.shape(), out)?;
     let (x_view, a_view, dy_view) = (View::new(op, x)?, View::new(op, a)?, View::new(op, dy)?);
     let dres_view = dres.map(|t| View::new(op, t)).transpose()?;
@@ -183,8 +174,8 @@ pub(super) fn backward(
         Arg::i32(rows),
         Arg::i32(d),
         Arg::f32(eps as f32),
-        Arg::i32(stages),
+        Arg::i32(through.stages),
     ];
-    gpu.launch("norm/norm", &format!("{name}_bwd_{threads}"), launch, &args)?;
+    gpu.launch("norm/norm", &format!("{name}_bwd_{}", through.threads), launch(gpu, rows, &through), &args)?;
     Ok(dx)
 }

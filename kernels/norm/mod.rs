@@ -15,6 +15,8 @@ use crate::{num, Result};
 mod cuda;
 mod layer;
 mod rms;
+#[cfg(any(test, feature = "cuda"))]
+mod rows;
 mod sum;
 #[cfg(test)]
 mod tests;
