@@ -6,7 +6,7 @@ use crate::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBac
 use crate::gate_residual::{GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs};
 use crate::gate_residual::{Residual, ResidualArgs};
 use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, KernelsOf::*};
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
     eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
@@ -75,9 +75,12 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
         );
         let (q_blnh, k_bmnh, v_bmnh, d_o) = (&q, &k, &v, random(gpu, &[1, l, n, h], compute)?);
         // Where a card has kernels of its own, the ones that all cards run are timed as well.
-        for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
-            gpu.use_portable(*portable);
-            let case = case(&format!(", {m} keys{}", if *portable { ", mma.sync" } else { ", wgmma" }));
+        for (card, what) in match gpu.hopper() {
+            true => &[(ThisCard, ", wgmma"), (Sm80, ", mma.sync"), (Sm86, ", mma.sync in 99 KB")][..],
+            false => &[(ThisCard, ", mma.sync")],
+        } {
+            gpu.use_kernels_of(*card);
+            let case = case(&format!(", {m} keys{what}"));
             let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh };
             rows.push(time::<Attention>(exec, gpu, case.clone(), &args, runs)?);
             let o = exec.run::<Attention>(&args)?;
@@ -85,7 +88,7 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
             rows.push(time::<AttentionBackward>(exec, gpu, case, &args, runs)?);
         }
-        gpu.use_portable(false);
+        gpu.use_kernels_of(ThisCard);
     }
     for (o, i) in [(d, d), (f, d), (d, f), (rank, d), (d, rank), (rank.next_multiple_of(16), d)] {
         let (x, w, dy) =
@@ -118,9 +121,9 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
             }
             let weight8 = int8::Weight::quantize(weight_oi)?;
-            for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
-                gpu.use_portable(*portable);
-                let case = case(&format!("{what}{}", if *portable { ", mma.sync" } else { "" }));
+            for card in if gpu.hopper() { &[ThisCard, Sm86][..] } else { &[ThisCard] } {
+                gpu.use_kernels_of(*card);
+                let case = case(&format!("{what}{}", if gpu.hopper() { "" } else { ", mma.sync" }));
                 let args = LinearInt8Args {
                     x,
                     rounded: None,
@@ -133,7 +136,7 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
                 let args = LinearInt8BackwardArgs { dy, weight: &weight8, base: None, out: compute };
                 rows.push(time::<LinearInt8Backward>(exec, gpu, case, &args, runs)?);
             }
-            gpu.use_portable(false);
+            gpu.use_kernels_of(ThisCard);
             let args = fp8::DequantizeArgs { weight: &weight, out: compute };
             rows.push(time::<fp8::Dequantize>(exec, gpu, format!("[{o}, {i}]"), &args, runs)?);
         }

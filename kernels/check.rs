@@ -12,7 +12,7 @@ use crate::gate_residual::{
     GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
 };
 use crate::gelu::{ActivationArgs, GeluErf, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs, Silu};
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, KernelsOf::*};
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
     eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
@@ -115,16 +115,19 @@ pub fn all(gpu: &Gpu, only: Option<&str>) -> Result<Vec<Row>> {
             "linears" => linears(&mut c)?,
             "attention" => attention(&mut c, "attention")?,
             // Elsewhere than on Hopper these kernels are the ones of the group before.
-            "portable-attention" if gpu.hopper() => {
-                gpu.use_portable(true);
-                attention(&mut c, "attention, mma.sync")?;
-                gpu.use_portable(false);
+            "portable" if gpu.hopper() => {
+                for (card, what) in [(Sm80, "attention, mma.sync"), (Sm86, "attention, mma.sync in 99 KB")] {
+                    gpu.use_kernels_of(card);
+                    attention(&mut c, what)?;
+                }
+                caching::convolutions(&mut c, "causal_conv3d in 99 KB")?;
+                gpu.use_kernels_of(ThisCard);
             }
             "flow" => flow(&mut c)?,
             "caching" => caching::all(&mut c)?,
             "exact" => c.rows.extend(exact(gpu)?),
             "optimizers" => c.rows.extend(optimizers(gpu)?),
-            "portable-attention" => {}
+            "portable" => {}
             other => unreachable!("group {other} has no kernels"),
         }
     }
@@ -350,10 +353,11 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                 Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
             };
             let want = run(&Exec::cpu(), &weight, DType::F32)?;
-            for portable in if gpu.hopper() { &[false, true][..] } else { &[true] } {
-                gpu.use_portable(*portable);
+            for card in if gpu.hopper() { &[ThisCard, Sm86][..] } else { &[ThisCard] } {
+                gpu.use_kernels_of(*card);
+                let by_library = gpu.hopper();
                 let got = run(exec, &on_card, dtype);
-                gpu.use_portable(false);
+                gpu.use_kernels_of(ThisCard);
                 let naive = match dtype {
                     DType::BF16 => 2e-3,
                     DType::F16 => 2.5e-4,
@@ -361,7 +365,7 @@ fn int8(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                 };
                 for (op, (got, want)) in INT8.iter().zip(got?.iter().zip(&want)) {
                     let error = distance(&values(got)?, &values(want)?);
-                    let case = format!("{case}{}", if *portable { ", mma.sync" } else { "" });
+                    let case = format!("{case}{}", if by_library { "" } else { ", mma.sync" });
                     rows.push(Row { op: op.to_string(), case, error, naive, right: error < 2.0 * naive });
                 }
             }
@@ -406,9 +410,9 @@ fn eight(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
             let want = run(&Exec::cpu(), DType::F32)?;
             // As the library scales, and as our kernel does behind it, on cards where it cannot.
             for later in [false, true] {
-                gpu.use_portable(later);
+                gpu.use_kernels_of(if later { Sm86 } else { ThisCard });
                 let got = run(exec, DType::BF16);
-                gpu.use_portable(false);
+                gpu.use_kernels_of(ThisCard);
                 let case =
                     format!("[{l}, {i}] x [{o}, {i}], {granularity:?}{}", if later { ", scaled later" } else { "" });
                 for (op, (got, want)) in EIGHT.iter().zip(got?.iter().zip(&want)) {

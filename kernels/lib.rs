@@ -37,7 +37,7 @@ mod gate;
 mod num;
 /// The parts of the check of all kernels (`check::all`), for tools that take long over each kernel, as a race checker does.
 pub const CHECK_GROUPS: &[&str] =
-    &["norms", "elementwise", "linears", "attention", "portable-attention", "flow", "caching", "exact", "optimizers"];
+    &["norms", "elementwise", "linears", "attention", "portable", "flow", "caching", "exact", "optimizers"];
 
 #[cfg(test)]
 mod testing;

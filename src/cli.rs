@@ -268,7 +268,7 @@ pub fn command() -> Command {
                         .value_parser(PossibleValuesParser::new(CHECK_GROUPS))
                         .help("With `--check`: only these kernels"),
                 )
-                .arg(flag("portable", "With `steps`: only kernels that every card runs (mma.sync)")),
+                .arg(flag("portable", "With `steps`: the kernels of RTX 30 and 40 cards (mma.sync, 99 KB)")),
         )
         .subcommand(lora::command())
         .subcommand(

@@ -21,19 +21,23 @@
 // publishes how many tiles it has added, and its successor waits for that. A block only ever waits for the block before it
 // in launch order, which is resident already, so waiting cannot deadlock.
 //
-// With two dS buffers (cards with the shared memory for it) dQ of a tile is computed one tile late, which leaves a single
-// barrier per tile, and by the two warps of each scheduler at different times: products of one overlap exponentials and
-// sums of the other.
+// Two forms of it:
+//   with two buffers of dS (161 KB of shared memory) dQ of a tile is computed one tile late, which leaves a single barrier
+//   per tile, and by the two warps of each scheduler at different times: products of one overlap exponentials and sums of
+//   the other.
+//   with V_HELD (97 KB) V is read once and stays in registers, where its 64 registers a thread leave no room for all of dP:
+//   it is computed in two parts. One buffer of dS and of dO, hence two barriers per tile.
 #include "../common/mma.cuh"
 
 namespace wan {
 
-template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES> struct AttentionBackward {
+template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES, bool V_HELD> struct AttentionBackward {
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kKeys = 128;
   static constexpr int kQueryTiles = ROWS / 16; // of 8 queries, in half a tile
   static constexpr int kSteps = ROWS / 32;      // of 16 queries, in half a tile
   static constexpr int kColTiles = HEAD / 16;   // of 8 columns, in half a head
+  static constexpr int kColSteps = HEAD / 16;   // of 16 columns, in a head
   // dQ [ROWS,HEAD] is shared out in warp tiles of 32 rows x kDqCols columns.
   static constexpr int kDqCols = HEAD * (ROWS / 32) / kWarps;
   static constexpr int kDqColTiles = kDqCols / 8;
@@ -42,7 +46,8 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
   static constexpr int kDsBytes = kKeys * ROWS * 2;
   static constexpr int kStatBytes = 2 * ROWS * 4; // lse and delta of a tile
   static constexpr bool kLate = DS_STAGES == 2;
-  static_assert(ROWS % 32 == 0 && HEAD % 64 == 0 && kDqCols >= 16, "tile shape");
+  static_assert(ROWS % 64 == 0 && HEAD % 64 == 0 && kDqCols >= 16, "tile shape");
+  static_assert(!V_HELD || Q_STAGES * kQBytes + DO_STAGES * kQBytes >= kKBytes, "V passes through the stages");
   static_assert(!kLate || (Q_STAGES == 2 && DO_STAGES == 2), "a late dQ needs the next tile's Q and dO apart");
 
   using H = Half16<T>;
@@ -52,43 +57,53 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
   using Sums = float[2][kColTiles][4];         // [32 keys x half the columns]
   using Operand = uint32_t[kSteps][2][4];      // [32 keys x half the queries] as first operand
 
-  // dS^T tile: keys in rows of ROWS queries. Rows of 64 bytes (ROWS = 32) swizzle over four chunks and row pairs.
-  static __device__ __forceinline__ uint32_t ds_offset(int key, int chunk) {
-    if constexpr (ROWS >= 64) return Tile<ROWS>::offset(key, chunk);
-    return static_cast<uint32_t>(key * 64 + ((chunk ^ ((key >> 1) & 3)) << 4));
+  using QueryTile = Tile<ROWS>; // of dS^T and P^T: keys in rows of ROWS queries
+
+  // Where a lane reads or writes in a tile. The tiles' swizzle is an exclusive or, and so is every step along a row: an
+  // address costs one register and a step one instruction. (Tiles lie at multiples of 256 bytes.)
+  template <typename Rows> static __device__ __forceinline__ uint32_t at_plain(int chunk) { // 16 rows, 16 columns
+    const int lane = threadIdx.x & 31;
+    return Rows::offset(lane & 15, chunk + (lane >> 4));
+  }
+  template <typename Rows> static __device__ __forceinline__ uint32_t at_swapped(int chunk) { // the middle 8x8s exchanged
+    const int lane = threadIdx.x & 31;
+    return Rows::offset((lane & 7) + ((lane >> 4) << 3), chunk + ((lane >> 3) & 1));
+  }
+  static __device__ __forceinline__ uint32_t at_value(int chunk) { // a thread's pairs of dS^T and P^T
+    const int lane = threadIdx.x & 31;
+    return QueryTile::offset(lane >> 2, chunk) + (lane & 3) * 4;
   }
 
   // 32 rows of keys, 16 columns.
   static __device__ __forceinline__ void load_keys(uint32_t (&a)[2][4], uint32_t keys, int step) {
-    const int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix4(a[i], keys + HeadTile::offset(i * 16 + (lane & 15), step * 2 + (lane >> 4)));
+    for (int i = 0; i < 2; ++i) ldmatrix4(a[i], (keys ^ (step << 5)) + i * 16 * HeadTile::kRowBytes);
   }
   // Half the queries, 16 columns.
   static __device__ __forceinline__ void load_queries(uint32_t (&b)[kSteps][4], uint32_t queries, int step) {
-    const int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      ldmatrix4(b[j], queries + HeadTile::offset(j * 16 + (lane & 7) + ((lane >> 4) << 3), step * 2 + ((lane >> 3) & 1)));
+    for (int j = 0; j < kSteps; ++j) ldmatrix4(b[j], (queries ^ (step << 5)) + j * 16 * HeadTile::kRowBytes);
+  }
+  // Scores of 16 of the queries; of all.
+  static __device__ __forceinline__ void product(Scores &s, int part, const uint32_t (&a)[2][4], const uint32_t (&b)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      H::mma(s[i][2 * part], a[i], b[0], b[1]);
+      H::mma(s[i][2 * part + 1], a[i], b[2], b[3]);
+    }
   }
   static __device__ __forceinline__ void product(Scores &s, const uint32_t (&a)[2][4], const uint32_t (&b)[kSteps][4]) {
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        H::mma(s[i][2 * j], a[i], b[j][0], b[j][1]);
-        H::mma(s[i][2 * j + 1], a[i], b[j][2], b[j][3]);
-      }
+    for (int j = 0; j < kSteps; ++j) product(s, j, a, b[j]);
   }
-  // sums += x^T [32 keys x half the queries] . (these queries) [x half the columns, from 16-byte chunk `chunk` on]
-  static __device__ __forceinline__ void add(Sums &sums, const Operand &x, uint32_t queries, int chunk) {
-    const int lane = threadIdx.x & 31;
+  // sums += x^T [32 keys x half the queries] . (these queries) [x half the columns]
+  static __device__ __forceinline__ void add(Sums &sums, const Operand &x, uint32_t queries) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int j = 0; j < kColTiles / 2; ++j) {
         uint32_t b[4];
-        ldmatrix4_trans(b, queries + HeadTile::offset(step * 16 + (lane & 15), chunk + j * 2 + (lane >> 4)));
+        ldmatrix4_trans(b, (queries ^ (j << 5)) + step * 16 * HeadTile::kRowBytes);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           H::mma(sums[i][2 * j], x[step][i], b[0], b[1]);
@@ -105,35 +120,31 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[step][i][r] = x[i][2 * step + r / 2][r % 2];
   }
-  // `x` to rows `key` and on, chunks `chunk` and on, of a tile of dS's form; and what the partner wrote from there.
-  static __device__ __forceinline__ void write_half(unsigned char *tile, const Rounded &x, int key, int chunk) {
-    const int lane = threadIdx.x & 31;
+  // A warp's half of the queries of its 32 keys to a tile of dS's form; and what its partner wrote.
+  static __device__ __forceinline__ void write_half(uint32_t tile, const Rounded &x) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < kQueryTiles; ++j)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          *reinterpret_cast<uint32_t *>(tile + ds_offset(key + i * 16 + r * 8 + (lane >> 2), chunk + j) + (lane & 3) * 4) =
-              x[i][j][r];
+          store_shared((tile ^ (j << 4)) + (i * 16 + r * 8) * QueryTile::kRowBytes, x[i][j][r]);
   }
-  static __device__ __forceinline__ void read_half(Operand &a, uint32_t tile, int key, int chunk) {
-    const int lane = threadIdx.x & 31;
+  static __device__ __forceinline__ void read_half(Operand &a, uint32_t tile) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        ldmatrix4(a[step][i], tile + ds_offset(key + i * 16 + (lane & 15), chunk + step * 2 + (lane >> 4)));
+      for (int i = 0; i < 2; ++i) ldmatrix4(a[step][i], (tile ^ (step << 5)) + i * 16 * QueryTile::kRowBytes);
   }
 
   static __device__ void run(const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
                              const T *__restrict__ dout, const float *__restrict__ rows, float *__restrict__ dq_sum,
                              int *__restrict__ turns, T *__restrict__ dk, T *__restrict__ dv,
                              float *__restrict__ parts, int l, int m, int heads, float scale, int head_group) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(256) unsigned char shared[];
     const uint32_t k_s = smem_address(shared);
     const uint32_t v_s = k_s + kKBytes;
-    const uint32_t q_s = v_s + kKBytes;
+    const uint32_t q_s = V_HELD ? v_s : v_s + kKBytes;
     const uint32_t do_s = q_s + Q_STAGES * kQBytes;
     const uint32_t ds_s = do_s + DO_STAGES * kQBytes;
     const uint32_t stats_s = ds_s + DS_STAGES * kDsBytes; // [stage][lse, delta][ROWS]
@@ -151,7 +162,7 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
     const int splits = gridDim.z, share = (all_tiles + splits - 1) / splits;
     const int first = blockIdx.z * share, tiles = min(share, all_tiles - first); // this block's query tiles
     const int left = l - first * ROWS;
-    const long stride = static_cast<long>(heads) * HEAD;
+    const int stride = heads * HEAD;
     const long pair = static_cast<long>(batch) * heads + head;
     const long q_at = (static_cast<long>(batch) * l + first * ROWS) * stride + head * HEAD;
     const long k_at = (static_cast<long>(batch) * m + static_cast<long>(key_block) * kKeys) * stride + head * HEAD;
@@ -178,6 +189,16 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
 
     HeadTile::template load<kKeys, kThreads>(k_s, k + k_at, stride, m - key_block * kKeys);
     HeadTile::template load<kKeys, kThreads>(v_s, v + k_at, stride, m - key_block * kKeys);
+    uint32_t v_held[V_HELD ? kColSteps : 1][2][4]; // [32 keys x 16 columns] as first operand
+    if constexpr (V_HELD) {
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+#pragma unroll
+      for (int step = 0; step < kColSteps; ++step)
+        load_keys(v_held[step], v_s + HeadTile::kRowBytes * (warp >> 1) * 32 + at_plain<HeadTile>(0), step);
+      __syncthreads(); // the stages are free
+    }
     load_q(0);
     load_do(0);
     load_stats(0);
@@ -189,7 +210,7 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
     const int warp_key = duo * 32;
     const int own_query = half * (ROWS / 2), other_query = ROWS / 2 - own_query, own_chunk = half * (HEAD / 16);
     const int dq_row = (warp % (ROWS / 32)) * 32, dq_col = (warp / (ROWS / 32)) * kDqCols;
-    const uint32_t warp_k = k_s + HeadTile::kRowBytes * warp_key, warp_v = warp_k + kKBytes;
+    const uint32_t warp_k = k_s + HeadTile::kRowBytes * warp_key + at_plain<HeadTile>(0);
     // Keys past the end must not reach dQ: their K rows are zero but p of a zero score is not, and may be infinite.
     const bool ragged = m - key_block * kKeys < kKeys;
     const int key_limit = m - key_block * kKeys - warp_key - (lane >> 2);
@@ -197,19 +218,19 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
 
     // Adds this key block's part of dQ of a tile. The caller has the tile's turn.
     auto add_dq = [&](int tile) {
-      const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes;
+      const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes + at_swapped<QueryTile>(dq_row / 8);
+      const uint32_t k_t = k_s + at_plain<HeadTile>(dq_col / 8);
       float dq[2][kDqColTiles][4] = {};
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
         uint32_t a[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) // stored keys x queries, wanted queries x keys: transposed on load
-          ldmatrix4_trans(a[i], ds_t + ds_offset(step * 16 + (lane & 7) + ((lane >> 4) << 3),
-                                                 (dq_row + i * 16) / 8 + ((lane >> 3) & 1)));
+          ldmatrix4_trans(a[i], (ds_t ^ (i << 5)) + step * 16 * QueryTile::kRowBytes);
 #pragma unroll
         for (int j = 0; j < kDqCols / 16; ++j) {
           uint32_t b[4];
-          ldmatrix4_trans(b, k_s + HeadTile::offset(step * 16 + (lane & 15), dq_col / 8 + j * 2 + (lane >> 4)));
+          ldmatrix4_trans(b, (k_t ^ (j << 5)) + step * 16 * HeadTile::kRowBytes);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             H::mma(dq[i][2 * j], a[i], b[0], b[1]);
@@ -237,22 +258,23 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
           }
       }
 #endif
+#if __CUDA_ARCH__ >= 900
+      if (key_block != 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < kDqColTiles; ++j)
+            asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"l"(sum + (i * kDqColTiles + j) * 32),
+                         "f"(dq[i][j][0]), "f"(dq[i][j][1]), "f"(dq[i][j][2]), "f"(dq[i][j][3])
+                         : "memory");
+        return;
+      }
+#endif
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int j = 0; j < kDqColTiles; ++j) {
-          float4 *at = sum + (i * kDqColTiles + j) * 32;
-          const float4 part = {dq[i][j][0], dq[i][j][1], dq[i][j][2], dq[i][j][3]};
-#if __CUDA_ARCH__ >= 900
-          if (key_block != 0) {
-            asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"l"(at), "f"(part.x), "f"(part.y),
-                         "f"(part.z), "f"(part.w)
-                         : "memory");
-            continue;
-          }
-#endif
-          __stcg(at, part);
-        }
+        for (int j = 0; j < kDqColTiles; ++j)
+          __stcg(sum + (i * kDqColTiles + j) * 32, float4{dq[i][j][0], dq[i][j][1], dq[i][j][2], dq[i][j][3]});
     };
     // How many tiles the block before has added, as far as thread 0 knows; reading it anew takes the latency of L2.
     int added = key_block == 0 ? 0x7fffffff : 0;
@@ -288,59 +310,94 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
       if (kLate && tile > 0 && warp < 4) add_dq(tile - 1);
 
       Scores s = {}, dp = {};
-      {
+      Rounded p16, ds16;
+      const float *lse_s = reinterpret_cast<const float *>(shared + (stats_s - k_s) + (tile & 1) * kStatBytes) +
+                           own_query + (lane & 3) * 2;
+      // P and dS of 16 of the queries.
+      auto finish = [&](int part) {
+#pragma unroll
+        for (int j = 2 * part; j < 2 * part + 2; ++j) {
+          const float2 base = *reinterpret_cast<const float2 *>(lse_s + j * 8);
+          const float2 mean = *reinterpret_cast<const float2 *>(lse_s + ROWS + j * 8);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              float p0 = exp2_fast(fmaf(s[i][j][2 * r], scale_log2, -base.x));
+              float p1 = exp2_fast(fmaf(s[i][j][2 * r + 1], scale_log2, -base.y));
+              const bool past = i * 16 + r * 8 >= key_limit;
+              if constexpr (V_HELD) { // as a branch: selections would let more scores live at a time than registers can hold
+                if (ragged && past) p0 = p1 = 0.f;
+              } else { // 4 % faster than the branch
+                p0 = past ? 0.f : p0;
+                p1 = past ? 0.f : p1;
+              }
+              p16[i][j][r] = H::pack(p0, p1);
+              ds16[i][j][r] = H::pack(p0 * (dp[i][j][2 * r] - mean.x), p1 * (dp[i][j][2 * r + 1] - mean.y));
+            }
+        }
+      };
+      const uint32_t own_q = q_t + own_query * HeadTile::kRowBytes + at_swapped<HeadTile>(0);
+      const uint32_t own_do = own_q + (do_t - q_t);
+      if constexpr (V_HELD) {
+#pragma unroll
+        for (int step = 0; step < kColSteps; ++step) {
+          uint32_t a[2][4], b[kSteps][4], d[4];
+          load_keys(a, warp_k, step);
+          load_queries(b, own_q, step);
+          ldmatrix4(d, own_do ^ (step << 5));
+          product(s, a, b);
+          product(dp, 0, v_held[step], d);
+        }
+        if (threadIdx.x == 0) peek_turn(tile);
+        finish(0);
+#pragma unroll
+        for (int part = 1; part < kSteps; ++part) {
+          const uint32_t part_do = own_do + part * 16 * HeadTile::kRowBytes;
+          uint32_t d[2][4];
+          ldmatrix4(d[0], part_do);
+#pragma unroll
+          for (int step = 0; step < kColSteps; ++step) {
+            if (step + 1 < kColSteps) ldmatrix4(d[(step + 1) & 1], part_do ^ ((step + 1) << 5));
+            product(dp, part, v_held[step], d[step & 1]);
+          }
+          finish(part);
+        }
+      } else {
         // One product's operands are loaded while the other is computed.
         uint32_t a[2][4], b[kSteps][4], c[2][4], d[kSteps][4];
-        const uint32_t own_q = q_t + own_query * HeadTile::kRowBytes, own_do = do_t + own_query * HeadTile::kRowBytes;
         load_keys(a, warp_k, 0);
         load_queries(b, own_q, 0);
 #pragma unroll
-        for (int step = 0; step < HEAD / 16; ++step) {
-          load_keys(c, warp_v, step);
+        for (int step = 0; step < kColSteps; ++step) {
+          load_keys(c, warp_k + kKBytes, step);
           load_queries(d, own_do, step);
           product(s, a, b);
-          if (step + 1 < HEAD / 16) {
+          if (step + 1 < kColSteps) {
             load_keys(a, warp_k, step + 1);
             load_queries(b, own_q, step + 1);
           }
           product(dp, c, d);
         }
+        if (threadIdx.x == 0) peek_turn(tile);
+#pragma unroll
+        for (int part = 0; part < kSteps; ++part) finish(part);
       }
 
-      if (threadIdx.x == 0) peek_turn(tile);
-
-      Rounded p16, ds16;
-      const float *lse_s = reinterpret_cast<const float *>(shared + (stats_s - k_s) + (tile & 1) * kStatBytes) +
-                           own_query + (lane & 3) * 2;
-#pragma unroll
-      for (int j = 0; j < kQueryTiles; ++j) {
-        const float2 base = *reinterpret_cast<const float2 *>(lse_s + j * 8);
-        const float2 mean = *reinterpret_cast<const float2 *>(lse_s + ROWS + j * 8);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            float p0 = exp2_fast(fmaf(s[i][j][2 * r], scale_log2, -base.x));
-            float p1 = exp2_fast(fmaf(s[i][j][2 * r + 1], scale_log2, -base.y));
-            if (ragged && i * 16 + r * 8 >= key_limit) p0 = p1 = 0.f;
-            p16[i][j][r] = H::pack(p0, p1);
-            ds16[i][j][r] = H::pack(p0 * (dp[i][j][2 * r] - mean.x), p1 * (dp[i][j][2 * r + 1] - mean.y));
-          }
-      }
-
-      // The halves of P change hands in the place that dS will have.
-      const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes;
-      unsigned char *ds_p = shared + (ds_t - k_s);
-      const uint32_t own = own_query * HeadTile::kRowBytes, other = other_query * HeadTile::kRowBytes;
+      // The halves of P change hands in the place that dS will have, each where its reader writes dS afterwards: so nobody
+      // overwrites what another has still to read, and one synchronisation does (3 % at 97 KB).
+      const uint32_t ds_t = ds_s + (tile % DS_STAGES) * kDsBytes + QueryTile::kRowBytes * warp_key;
+      const uint32_t columns = at_plain<HeadTile>(own_chunk);
+      const uint32_t own = own_query * HeadTile::kRowBytes + columns, other = other_query * HeadTile::kRowBytes + columns;
       Operand mine, theirs;
-      write_half(ds_p, p16, warp_key, own_query / 8);
+      write_half(ds_t + at_value(other_query / 8), p16);
       own_operand(mine, p16);
-      add(dv_acc, mine, do_t + own, own_chunk);
+      add(dv_acc, mine, do_t + own);
       duo_sync(); // P is whole
-      read_half(theirs, ds_t, warp_key, other_query / 8);
-      duo_sync(); // and has been read
-      write_half(ds_p, ds16, warp_key, own_query / 8);
-      add(dv_acc, theirs, do_t + other, own_chunk);
+      read_half(theirs, ds_t + at_plain<QueryTile>(own_query / 8));
+      __syncwarp(); // all lanes have read
+      write_half(ds_t + at_value(own_query / 8), ds16);
+      add(dv_acc, theirs, do_t + other);
 
       if (!kLate) {
         if (threadIdx.x == 0) await_turn(tile);
@@ -352,10 +409,10 @@ template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_ST
         cp_async_commit();
       }
       own_operand(mine, ds16);
-      add(dk_acc, mine, q_t + own, own_chunk);
+      add(dk_acc, mine, q_t + own);
       if (kLate) duo_sync(); // the duo's part of dS is whole
-      read_half(theirs, ds_t, warp_key, other_query / 8);
-      add(dk_acc, theirs, q_t + other, own_chunk);
+      read_half(theirs, ds_t + at_plain<QueryTile>(other_query / 8));
+      add(dk_acc, theirs, q_t + other);
 
       if (!kLate) add_dq(tile);
       if (kLate && tile > 0 && warp >= 4) add_dq(tile - 1);
@@ -470,22 +527,22 @@ __device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ 
 
 } // namespace wan
 
-#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES)                                      \
+#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD)                              \
   extern "C" __global__ void __launch_bounds__(256, 1) attention_bwd_##SUFFIX(                                         \
       const T *q, const T *k, const T *v, const T *dout, const float *rows, float *dq_sum, int *turns, T *dk, T *dv,   \
       float *parts, int l, int m, int heads, float scale, int head_group) {                                            \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::run(                                        \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::run(                                        \
         q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale, head_group);                            \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_##SUFFIX(                                           \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int n_turns, int l, int heads,             \
       int batches) {                                                                                                   \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::prepare(o, dout, lse, rows, turns, n_turns, \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::prepare(o, dout, lse, rows, turns, n_turns, \
                                                                                    l, heads, batches);                 \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       attention_dq_##SUFFIX(const float *dq_sum, T *dq, int l, int heads, float scale) {                               \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES>::finish_dq(dq_sum, dq, l, heads, scale);     \
+    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::finish_dq(dq_sum, dq, l, heads, scale);     \
   }
 #define ATTENTION_KEYS(SUFFIX, T)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
@@ -496,11 +553,11 @@ __device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ 
 ATTENTION_KEYS(bf16, __nv_bfloat16)
 ATTENTION_KEYS(f16, __half)
 // 161 KB of shared memory: sm_80 and sm_90.
-ATTENTION_BACKWARD(bf16_128_64x128, __nv_bfloat16, 128, 64, 2, 2, 2)
-ATTENTION_BACKWARD(f16_128_64x128, __half, 128, 64, 2, 2, 2)
-// 96.5 KB: also sm_86 and sm_89, which have 99.
-ATTENTION_BACKWARD(bf16_128_32x128, __nv_bfloat16, 128, 32, 2, 1, 1)
-ATTENTION_BACKWARD(f16_128_32x128, __half, 128, 32, 2, 1, 1)
+ATTENTION_BACKWARD(bf16_128_64x128, __nv_bfloat16, 128, 64, 2, 2, 2, false)
+ATTENTION_BACKWARD(f16_128_64x128, __half, 128, 64, 2, 2, 2, false)
+// 97 KB: also sm_86 and sm_89, which have 99.
+ATTENTION_BACKWARD(bf16_128_64x128v, __nv_bfloat16, 128, 64, 2, 1, 1, true)
+ATTENTION_BACKWARD(f16_128_64x128v, __half, 128, 64, 2, 1, 1, true)
 // Head width 64: 97 KB, every card.
-ATTENTION_BACKWARD(bf16_64_64x128, __nv_bfloat16, 64, 64, 2, 2, 2)
-ATTENTION_BACKWARD(f16_64_64x128, __half, 64, 64, 2, 2, 2)
+ATTENTION_BACKWARD(bf16_64_64x128, __nv_bfloat16, 64, 64, 2, 2, 2, false)
+ATTENTION_BACKWARD(f16_64_64x128, __half, 64, 64, 2, 2, 2, false)

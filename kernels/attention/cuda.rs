@@ -31,7 +31,7 @@ pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> 
     let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
     let o_blnh = gpu.empty(a.q_blnh.shape(), a.q_blnh.dtype())?;
     let lse_bnl = gpu.empty((b, n, l), DType::F32)?;
-    let tile = tile::forward(h, gpu.card().shared_bytes);
+    let tile = tile::forward(h, gpu.shared_bytes());
     let views = [View::new(OP, a.q_blnh)?, View::new(OP, a.k_bmnh)?, View::new(OP, a.v_bmnh)?];
     let args = [
         Arg::ptr(views[0].address),
@@ -58,10 +58,11 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
     const FILE: &str = "attention/backward";
     let ((b, l, n, h), m) = (a.q_blnh.dims4()?, a.k_bmnh.dims()[1]);
     let dtype = a.q_blnh.dtype();
-    let tile = tile::backward(h, gpu.card().shared_bytes);
+    let tile = tile::backward(h, gpu.shared_bytes());
     let (tiles, key_blocks, processors) = (l.div_ceil(tile.rows), m.div_ceil(tile.keys), gpu.card().processors);
     let splits = tile::splits(b * n * key_blocks, tiles, processors);
-    let variant = format!("{}_{h}_{}x{}", suffix(dtype), tile.rows, tile.keys);
+    let held = if tile.v_held { "v" } else { "" };
+    let variant = format!("{}_{h}_{}x{}{held}", suffix(dtype), tile.rows, tile.keys);
     let scale = Arg::f32(super::scale(h) as f32);
 
     // Log-sum-exp and delta of a tile's rows side by side; how many tiles each block has added to dq.

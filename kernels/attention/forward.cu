@@ -21,13 +21,13 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
                              T *__restrict__ o, float *__restrict__ lse, int l, int m, int heads, float scale) {
     using H = Half16<T>;
     using HeadTile = Tile<HEAD>;
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(256) unsigned char shared[];
     const uint32_t q_s = smem_address(shared);
     const uint32_t k_s = q_s + ROWS * HEAD * 2;
     const uint32_t v_s = k_s + KEYS * HEAD * 2;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row0 = blockIdx.x * ROWS, head = blockIdx.y, batch = blockIdx.z;
-    const long stride = static_cast<long>(heads) * HEAD;
+    const int stride = heads * HEAD;
     q += (static_cast<long>(batch) * l + row0) * stride + head * HEAD;
     o += (static_cast<long>(batch) * l + row0) * stride + head * HEAD;
     k += static_cast<long>(batch) * m * stride + head * HEAD;
@@ -45,11 +45,13 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
       for (int r = 0; r < 2; ++r) row_max[i][r] = -INFINITY, row_sum[i][r] = 0.f;
     const float scale_log2 = scale * 1.44269504088896340736f;
 
-    // ldmatrix lane addresses. Q (A operand): rows lane%16, chunk lane/16. K (B, stored key-major): keys
-    // lane%8 + 8*(lane/16), chunk (lane/8)%2. V (B, transposed on load): keys lane%16, chunk lane/16.
-    const int a_row = lane & 15, a_chunk = lane >> 4;
-    const int b_row = (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
+    // ldmatrix lane addresses; a step along a row is an exclusive or, like the tiles' swizzle (+ 2 % over adding up offsets).
+    // Q (A operand): rows lane%16, chunk lane/16. K (B, stored key-major): keys lane%8 + 8*(lane/16), chunk (lane/8)%2. V (B,
+    // transposed on load): as Q.
     const int warp_row = warp * kRowTiles * 16;
+    const uint32_t a_at = HeadTile::offset(lane & 15, lane >> 4);
+    const uint32_t warp_q = q_s + warp_row * HeadTile::kRowBytes + a_at, lane_v = v_s + a_at;
+    const uint32_t lane_k = k_s + HeadTile::offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 
     const int tiles = (m + KEYS - 1) / KEYS;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -65,11 +67,11 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
         uint32_t a[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
-          ldmatrix4(a[i], q_s + HeadTile::offset(warp_row + i * 16 + a_row, step * 2 + a_chunk));
+          ldmatrix4(a[i], (warp_q ^ (step << 5)) + i * 16 * HeadTile::kRowBytes);
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
           uint32_t b[4];
-          ldmatrix4(b, k_s + HeadTile::offset(j * 16 + b_row, step * 2 + b_chunk));
+          ldmatrix4(b, (lane_k ^ (step << 5)) + j * 16 * HeadTile::kRowBytes);
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
             H::mma(s[i][2 * j], a[i], b[0], b[1]);
@@ -150,7 +152,7 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
 #pragma unroll
         for (int j = 0; j < HEAD / 16; ++j) {
           uint32_t b[4];
-          ldmatrix4_trans(b, v_s + HeadTile::offset(step * 16 + a_row, j * 2 + a_chunk));
+          ldmatrix4_trans(b, (lane_v ^ (j << 5)) + step * 16 * HeadTile::kRowBytes);
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
             H::mma(o_acc[i][2 * j], p[i], b[0], b[1]);

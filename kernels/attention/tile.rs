@@ -1,14 +1,17 @@
 //! Tile choice of the attention kernels: which variant runs on which card, the shared memory it takes, and how heads are
 //! grouped. Pure functions; the figures behind them are in `docs/LOG.md`.
 
-/// Key rows that one block of the backward owns.
+/// Key rows that one block of the backward owns, and query rows of its steps.
 pub const BACKWARD_KEYS: usize = 128;
+const BACKWARD_ROWS: usize = 64;
 
 /// Query rows and keys of one step of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tile {
     pub rows: usize,
     pub keys: usize,
+    /// V stays in registers.
+    pub v_held: bool,
     /// Dynamic shared memory of a block.
     pub shared: usize,
 }
@@ -30,12 +33,14 @@ pub mod hopper {
     const ALIGN: usize = 1024;
 
     /// Q, and two stages of K and V: 161 KB.
-    pub const FORWARD: Tile = Tile { rows: 128, keys: 128, shared: (128 + 2 * 2 * 128) * HEAD * 2 + BARRIERS + ALIGN };
+    pub const FORWARD: Tile =
+        Tile { rows: 128, keys: 128, v_held: false, shared: (128 + 2 * 2 * 128) * HEAD * 2 + BARRIERS + ALIGN };
 
     /// K and V, three stages of Q, dO and their statistics, two of dS: 195 KB.
     pub const BACKWARD: Tile = Tile {
         rows: 64,
         keys: BACKWARD_KEYS,
+        v_held: false,
         shared: (2 * BACKWARD_KEYS + 3 * 2 * 64) * HEAD * 2
             + 2 * BACKWARD_KEYS * 64 * 2
             + 3 * 2 * 64 * 4
@@ -63,28 +68,35 @@ pub fn supported(head: usize) -> bool {
 pub fn forward(head: usize, shared_bytes: usize) -> Tile {
     let rows = 128;
     let keys = if head == 128 && shared_bytes < 160 << 10 { 32 } else { 64 };
-    Tile { rows, keys, shared: (rows + 2 * keys) * head * 2 }
+    Tile { rows, keys, v_held: false, shared: (rows + 2 * keys) * head * 2 }
 }
 
-/// 64 query rows with two stages of everything where shared memory allows (161 KB at head width 128), else 32 rows.
+/// Two stages of everything where shared memory allows (161 KB at head width 128); else V in registers and one stage of dO
+/// and dS (97 KB).
 pub fn backward(head: usize, shared_bytes: usize) -> Tile {
-    let wide = backward_shared(head, 64, [2, 2, 2]);
+    let tile = |v_held, shared| Tile { rows: BACKWARD_ROWS, keys: BACKWARD_KEYS, v_held, shared };
+    let wide = backward_shared(head, 2, [2, 2, 2]);
     if wide <= shared_bytes {
-        return Tile { rows: 64, keys: BACKWARD_KEYS, shared: wide };
+        return tile(false, wide);
     }
-    Tile { rows: 32, keys: BACKWARD_KEYS, shared: backward_shared(head, 32, [2, 1, 1]) }
+    tile(true, backward_shared(head, 1, [2, 1, 1]))
 }
 
-/// K and V, the stages of Q, dO and dS, and two stages of lse and delta.
-fn backward_shared(head: usize, rows: usize, [q, d_o, ds]: [usize; 3]) -> usize {
-    2 * BACKWARD_KEYS * head * 2 + (q + d_o) * rows * head * 2 + ds * BACKWARD_KEYS * rows * 2 + 4 * rows * 4
+/// K, V unless it is held in registers, the stages of Q, dO and dS, and two stages of lse and delta.
+fn backward_shared(head: usize, keys_and_values: usize, [q, d_o, ds]: [usize; 3]) -> usize {
+    let rows = BACKWARD_ROWS;
+    keys_and_values * BACKWARD_KEYS * head * 2
+        + (q + d_o) * rows * head * 2
+        + ds * BACKWARD_KEYS * rows * 2
+        + 4 * rows * 4
 }
 
 /// Heads whose blocks are launched side by side. Blocks of one head wait for each other at the start, those of a group
-/// share that wait; too many heads at once and their keys no longer fit the cache.
+/// share that wait; too many heads at once and their keys no longer fit the cache. (21600 queries and keys: 4 heads are 2 to
+/// 3 % faster than 8; 3600: 4 are 4 % slower than 10.)
 pub fn head_group(heads: usize, keys: usize, processors: usize) -> usize {
     let key_blocks = keys.div_ceil(BACKWARD_KEYS);
-    (2 * processors).div_ceil(key_blocks).max(8).min(heads)
+    (2 * processors).div_ceil(key_blocks).max(4).min(heads)
 }
 
 #[cfg(test)]
@@ -100,8 +112,8 @@ mod tests {
             }
         }
         assert_eq!(backward(128, 227 << 10).shared, 164_864);
-        assert_eq!(backward(128, 99 << 10).rows, 32);
-        assert_eq!(backward(64, 99 << 10).rows, 64);
+        assert_eq!(backward(128, 99 << 10), Tile { rows: 64, keys: 128, v_held: true, shared: 99_328 });
+        assert!(!backward(64, 99 << 10).v_held);
     }
 
     #[test]
@@ -117,7 +129,7 @@ mod tests {
 
     #[test]
     fn groups_fill_the_card_and_no_more() {
-        assert_eq!(head_group(40, 21_600, 132), 8);
+        assert_eq!(head_group(40, 21_600, 132), 4);
         assert_eq!(head_group(40, 3_600, 132), 10);
         assert_eq!(head_group(40, 512, 132), 40);
         assert_eq!(head_group(3, 100, 132), 3);

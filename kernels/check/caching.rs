@@ -10,7 +10,7 @@ use crate::gelu::{GeluTanhGate, GeluTanhGateArgs};
 use crate::Result;
 
 pub(super) fn all(c: &mut Checker<'_>) -> Result<()> {
-    convolutions(c)?;
+    convolutions(c, "causal_conv3d")?;
     norms(c)?;
     attention(c)
 }
@@ -27,7 +27,7 @@ struct Case {
     up: bool,
 }
 
-fn convolutions(c: &mut Checker<'_>) -> Result<()> {
+pub(super) fn convolutions(c: &mut Checker<'_>, op: &'static str) -> Result<()> {
     let same = |x, o, past| Case { x, o, k: [3; 3], past, pad_front: 2, pad: (1, 1), stride: [1; 3], up: false };
     let flat = |x, o| Case { k: [1, 3, 3], pad_front: 0, ..same(x, o, 0) };
     for case in [
@@ -47,7 +47,7 @@ fn convolutions(c: &mut Checker<'_>) -> Result<()> {
     ] {
         let [b, ch, f, y, x] = case.x;
         let name = format!("{:?} to {} by {:?}, step {:?}", case.x, case.o, case.k, case.stride);
-        c.run("causal_conv3d", &name, HALVES, &|p| {
+        c.run(op, &name, HALVES, &|p| {
             let taps = ch * case.k.iter().product::<usize>();
             let weight = (p.normal(1, &[case.o, ch, case.k[0], case.k[1], case.k[2]])? * (taps as f64).powf(-0.5))?;
             let weight = weight.to_dtype(p.rounded)?.to_dtype(p.held)?;

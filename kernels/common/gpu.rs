@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
@@ -61,7 +61,20 @@ struct Inner {
     pools: Pools,
     held: Mutex<Held>,
     profile: Mutex<Option<Vec<Timed>>>,
-    portable: AtomicBool,
+    /// A [`KernelsOf`].
+    kernels_of: AtomicU8,
+}
+
+/// Whose kernels run: this card's own, or those that an earlier one would take, for holding them against each other and for
+/// timing what cannot be had here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum KernelsOf {
+    ThisCard,
+    /// A100: no instructions of later cards, 163 KB of shared memory a block.
+    Sm80,
+    /// RTX 30 and 40 series, A6000: 99 KB.
+    Sm86,
 }
 
 /// What a card is.
@@ -111,7 +124,7 @@ impl Gpu {
             modules: Mutex::default(),
             scratch: Mutex::default(),
             profile: Mutex::new(None),
-            portable: AtomicBool::new(false),
+            kernels_of: AtomicU8::new(KernelsOf::ThisCard as u8),
         });
         let mut cards = lock(&CARDS);
         cards.retain(|c| c.strong_count() > 0);
@@ -134,15 +147,29 @@ impl Gpu {
         &self.0.card
     }
 
-    /// From now on whether kernels that only cards of this one's kind have are left alone: for holding both against each
-    /// other.
-    pub fn use_portable(&self, portable: bool) {
-        self.0.portable.store(portable, Ordering::Relaxed);
+    /// Whose kernels run from now on.
+    pub fn use_kernels_of(&self, card: KernelsOf) {
+        self.0.kernels_of.store(card as u8, Ordering::Relaxed);
+    }
+
+    fn kernels_of(&self) -> KernelsOf {
+        let stored = self.0.kernels_of.load(Ordering::Relaxed);
+        [KernelsOf::Sm80, KernelsOf::Sm86].into_iter().find(|k| *k as u8 == stored).unwrap_or(KernelsOf::ThisCard)
     }
 
     /// Whether only what every card can do is to be used.
     pub(crate) fn portable(&self) -> bool {
-        self.0.portable.load(Ordering::Relaxed)
+        self.kernels_of() != KernelsOf::ThisCard
+    }
+
+    /// Shared memory that a block of the kernels in use may take.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        let limit = match self.kernels_of() {
+            KernelsOf::ThisCard => usize::MAX,
+            KernelsOf::Sm80 => 163 << 10,
+            KernelsOf::Sm86 => 99 << 10,
+        };
+        self.card().shared_bytes.min(limit)
     }
 
     /// Whether this card's own kernels may run: those of files `*_sm90a.cu`.

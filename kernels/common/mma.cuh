@@ -32,6 +32,10 @@ __device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], uint32_t addre
                : "r"(address));
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+
 // 2^x in one instruction; results below 2^-126 become 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -85,27 +89,18 @@ template <int COLS> struct Tile {
     return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ (row & 7)) << 4));
   }
   // Copies ROWS rows that lie `stride` elements apart; rows at or past `limit` become zeros. A thread's rows differ by a
-  // multiple of 8, so its swizzled chunk is the same in all of them: one address each side, then constant steps.
+  // multiple of 8, so its swizzled chunk is the same in all of them. Offsets within a tile fit 32 bits, which saves registers.
   template <int ROWS, int THREADS, typename T>
-  static __device__ __forceinline__ void load(uint32_t dst, const T *src, long stride, int limit) {
+  static __device__ __forceinline__ void load(uint32_t dst, const T *src, int stride, int limit) {
     constexpr int kStep = THREADS / kChunks; // rows between two chunks of a thread
     static_assert(THREADS % (8 * kChunks) == 0 && ROWS % kStep == 0, "every thread copies the same number of chunks");
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const uint32_t from = row * stride + chunk * 8;
     dst += offset(row, chunk);
-    src += row * stride + chunk * 8;
-    if (limit >= ROWS) {
 #pragma unroll
-      for (int i = 0; i < ROWS / kStep; ++i) {
-        cp_async16(dst + i * kStep * kRowBytes, src, true);
-        src += kStep * stride;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < ROWS / kStep; ++i) {
-        const bool valid = row + i * kStep < limit;
-        cp_async16(dst + i * kStep * kRowBytes, valid ? src : src - (row + i * kStep) * stride, valid);
-        src += kStep * stride;
-      }
+    for (int i = 0; i < ROWS / kStep; ++i) {
+      const bool valid = row + i * kStep < limit;
+      cp_async16(dst + i * kStep * kRowBytes, src + (valid ? from + i * kStep * stride : 0u), valid);
     }
   }
 };

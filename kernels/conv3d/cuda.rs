@@ -203,7 +203,7 @@ fn convolve(
     let word = |n: usize| n as u32;
     let sizes = [s.f, dims[3], dims[4], x.pitch, s.f_out, s.y_out, s.x_out, o, if bias.is_some() { s.o } else { 0 }];
     let taps = [s.kt, s.ky, s.kx, a.stride[0], a.stride[1], pads[0], pads[1], pads[2], past.len(), usize::from(a.up)];
-    let tile = Tile::choose(o, s.kx == 3 && a.stride[1] == 1, gpu.card().shared_bytes);
+    let tile = Tile::choose(o, s.kx == 3 && a.stride[1] == 1, gpu.shared_bytes());
     let name = format!("{}_{}", tile.name, if compute == DType::BF16 { "bf16" } else { "f16" });
     let tiles = s.y_out.div_ceil(tile.rows) * s.x_out.div_ceil(COLUMNS);
     let args = [

@@ -72,7 +72,7 @@ pub mod on_card {
 
     use candle_core::{DType, Device};
     use serde_json::json;
-    use wan_kernels::gpu::Gpu;
+    use wan_kernels::gpu::{Gpu, KernelsOf};
     use wan_kernels::philox::Philox;
     use wan_kernels::{bench, check, Exec};
     use wan_models::arch::WanArch;
@@ -109,7 +109,7 @@ pub mod on_card {
             BenchWhat::Ops if options.check => checked(gpu, options.group.as_deref()),
             BenchWhat::Ops => ops(gpu, &job, exec.compute(), options),
             BenchWhat::Steps => {
-                gpu.use_portable(options.portable);
+                gpu.use_kernels_of(if options.portable { KernelsOf::Sm86 } else { KernelsOf::ThisCard });
                 train(gpu, &job, &exec, options)
             }
             BenchWhat::Start => unreachable!("has a file of its own"),

@@ -65,13 +65,13 @@ impl Card {
     }
 
     /// What the kernels here reach of the peak. Measured on an H200 at 21600 tokens: linears 0.72, memory 0.85. Attention
-    /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` 0.37 and 0.30. Of the peak there, which is that of
-    /// `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and 0.48 of the peak of cards
-    /// that have no others. 8-bit linears as a whole, roundings included: e4m3 0.66; int8 0.55 (not measured on cards where the
+    /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` in 99 KB of shared memory 0.38 and 0.32. Of the peak there,
+    /// which is that of `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and 0.5 of the
+    /// peak of cards that have no others. 8-bit linears as a whole, roundings included: e4m3 0.66; int8 0.55 (not measured on cards where the
     /// kernel here multiplies, which has 0.68 of what `mma.sync` reaches of int8 on the H200, before roundings).
     pub fn rates(&self) -> Rates {
         let peak = self.tensor_tflops * 1e12;
-        let [forward, backward] = if self.capability[0] >= 9 { [0.66, 0.57] } else { [0.6, 0.48] };
+        let [forward, backward] = if self.capability[0] >= 9 { [0.66, 0.57] } else { [0.6, 0.5] };
         Rates {
             linears: 0.72 * peak,
             fp8_linears: self.fp8_tflops.map(|tflops| 0.66 * tflops * 1e12),
@@ -106,7 +106,7 @@ impl Default for Rates {
                 fp8_linears: None,
                 int8_linears: 156e12,
                 attention: 43e12,
-                attention_backward: 34e12,
+                attention_backward: 35e12,
                 memory: 800e9,
                 bus: 25e9,
             },
