@@ -67,7 +67,6 @@ fn measure(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
 pub mod on_card {
     use std::collections::BTreeMap;
     use std::process::ExitCode;
-    use std::sync::atomic::AtomicBool;
     use std::time::Instant;
 
     use candle_core::{DType, Device};
@@ -89,6 +88,7 @@ pub mod on_card {
     use crate::config::Typed;
     use crate::error::UserError;
     use crate::plan::{self, RunShape, Target};
+    use crate::report::{Task, Work};
     use crate::residency::{Residency, ResidencySpec};
     use crate::train::{Items, MicroStep, Models, Observer, Parts, TrainSettings, Trainer};
 
@@ -199,6 +199,7 @@ pub mod on_card {
         skipped: usize,
         profiled: u64,
         peak: u64,
+        progress: Option<Box<dyn Task>>,
         /// Bytes in tensors after each step, and what the pools held then.
         memory: Vec<[u64; 2]>,
     }
@@ -235,7 +236,11 @@ pub mod on_card {
             self.skipped += usize::from(update.skipped.is_some());
             let memory = self.gpu.memory().ok();
             self.peak = memory.map_or(0, |m| m.peak);
-            self.memory.push(memory.map_or([0; 2], |m| [m.used, m.reserved]));
+            let [used, held] = memory.map_or([0; 2], |m| [m.used, m.reserved]);
+            self.memory.push([used, held]);
+            if let Some(progress) = &mut self.progress {
+                progress.advance(1, &format!("loss {:.4}, {:.1} GiB held", step.loss, held as f64 / GIB));
+            }
             if step.step + 1 == self.profiled {
                 self.gpu.start_profile();
             }
@@ -337,9 +342,13 @@ pub mod on_card {
             // The last step is profiled and not counted: its events cost time.
             profiled: steps,
             peak: 0,
+            progress: Some(job.progress.begin(Work { what: "training", unit: "step", start: 0, total: steps })),
             memory: Vec::new(),
         };
-        trainer.run(&mut watch, &mut (), &AtomicBool::new(false)).map_err(explain)?;
+        // A long run that is stopped reports the steps it made.
+        job.catch_interrupts();
+        trainer.run(&mut watch, &mut (), &job.stop).map_err(explain)?;
+        watch.progress = None;
         Ok((watch, ready))
     }
 

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use super::kitchen::Kitchen;
 
@@ -37,7 +36,7 @@ fn a_large_clip_is_cached_in_little_memory() {
     fs::create_dir(kitchen.path("pictures")).unwrap();
     super::kitchen::picture(64, 64, 1).save(kitchen.path("pictures/one.png")).unwrap();
     fs::write(kitchen.path("pictures/one.txt"), "one").unwrap();
-    let child = Command::new(std::env::current_exe().unwrap())
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "cache::memory::process_that_caches_a_large_clip", "--ignored", "--nocapture"])
         .env(ROOT, kitchen.path(""))
         .output()
