@@ -26,6 +26,7 @@ pub mod heap;
 mod held;
 pub mod int8;
 pub mod linear;
+pub mod lora_delta;
 pub mod norm;
 pub mod offload;
 pub mod patchify;

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{bits, Checker, Place, Row, ALL};
+use super::exact::bits;
+use super::{Checker, Place, Row, ALL};
 use crate::gate_residual::{GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs};
 use crate::norm::{
     After, LayerNorm, LayerNormArgs, LayerNormBackward, LayerNormBackwardArgs, LayerNormModulate,

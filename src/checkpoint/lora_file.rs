@@ -347,15 +347,15 @@ impl LoraModule {
             None => candle_core::bail!("{s} is missing"),
         };
         if let Some((up, down)) = self.low_rank()? {
-            return up.matmul(&down);
+            return product(&up, &down);
         }
         if self.get("hada_w1_a").is_some() {
-            let w1 = get("hada_w1_a")?.matmul(&get("hada_w1_b")?)?;
-            return w1.mul(&get("hada_w2_a")?.matmul(&get("hada_w2_b")?)?);
+            let w1 = product(&get("hada_w1_a")?, &get("hada_w1_b")?)?;
+            return w1.mul(&product(&get("hada_w2_a")?, &get("hada_w2_b")?)?);
         }
         let factor = |w: &str| match self.get(w) {
             Some(_) => get(w),
-            None => get(&format!("{w}_a"))?.matmul(&get(&format!("{w}_b"))?),
+            None => product(&get(&format!("{w}_a"))?, &get(&format!("{w}_b"))?),
         };
         kronecker(&factor("lokr_w1")?, &factor("lokr_w2")?)
     }
@@ -376,6 +376,11 @@ impl LoraModule {
         }
         Ok(wan_models::adapter::Adapter::from_params(&mut |name| factors.get(name).cloned(), self.scale())?)
     }
+}
+
+/// Of two fp32 factors, the same on every machine.
+pub(crate) fn product(up_or: &Tensor, down_ri: &Tensor) -> candle_core::Result<Tensor> {
+    wan_kernels::lora_delta::delta(up_or, down_ri).map_err(candle_core::Error::wrap)
 }
 
 /// `a ⊗ b` for matrices: `[o1·o2, i1·i2]`.

@@ -8,6 +8,7 @@ pub mod metadata;
 pub mod state;
 pub mod store;
 
+pub(crate) use lora_file::product;
 pub use lora_file::{LoraFile, LoraModule};
 pub use lora_keys::Form;
 pub use lora_write::{convert, save_dtype, write_lora, Convert, ModuleOut};

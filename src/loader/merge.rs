@@ -1,8 +1,9 @@
 //! Adding LoRAs to a base weight: `W' = W + strength · (alpha / rank) · up·down`, computed in fp32 and stored in the
-//! base's dtype; without an alpha the factor is `strength`. LoHa, LoKr and whole differences (`.diff`) likewise.
+//! base's dtype; without an alpha the factor is `strength`. LoHa, LoKr and whole differences (`.diff`) likewise. Every step
+//! is defined to the bit: a model merged while it is loaded, on a card or not, is the one that was merged into a file.
 
 use super::source::Fetch;
-use crate::checkpoint::LoraFile;
+use crate::checkpoint::{product, LoraFile};
 use crate::error::UserError;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -136,7 +137,7 @@ impl Added {
     ) -> candle_core::Result<()> {
         self.parts.iter().try_for_each(|(part, factor)| {
             let delta = match part {
-                Part::LowRank { up_or, down_ri } => up_or.narrow(0, first, count)?.matmul(down_ri)?,
+                Part::LowRank { up_or, down_ri } => product(&up_or.narrow(0, first, count)?, down_ri)?,
                 Part::Whole(delta) => delta.narrow(0, first, count)?,
             };
             f(delta, *factor)
