@@ -2,8 +2,10 @@
 //! `cuda`; without it nothing is looked for.
 //!
 //! One fatbin a file: machine code for sm_80, 86, 89 and 90, and PTX of compute_90 for cards that came later. A file whose
-//! name ends in `_sm90a` uses instructions that only Hopper has, and is compiled for it alone.
+//! name ends in `_sm90a` uses instructions that only Hopper has, and is compiled for it alone. What a fatbin was made from
+//! is noted beside it: a file is compiled again when it, any header, the options or the compiler are not the same.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,9 +24,16 @@ fn main() {
     }
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
-    let mut sources = Vec::new();
-    find(&root, &mut sources).expect("the crate's folder can be read");
+    // The whole folder: a kernel file may be new.
+    println!("cargo:rerun-if-changed={}", root.display());
+    let [mut sources, mut headers] = [Vec::new(), Vec::new()];
+    find(&root, &mut sources, &mut headers).expect("the crate's folder can be read");
     sources.sort();
+    headers.sort();
+    let mut common = DefaultHasher::new();
+    headers.iter().for_each(|header| fs::read(header).expect("a header can be read").hash(&mut common));
+    // Where it does not start, the first file says so.
+    Command::new(compiler()).arg("--version").output().map(|v| v.stdout).unwrap_or_default().hash(&mut common);
 
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
@@ -33,7 +42,7 @@ fn main() {
         for _ in 0..workers.min(sources.len()) {
             scope.spawn(|| {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(what) = compile(&root, source, &out) {
+                    if let Err(what) = compile(&root, source, &out, common.clone()) {
                         failures.lock().expect("no worker panics").push(what);
                     }
                 }
@@ -59,38 +68,51 @@ fn name(root: &Path, source: &Path) -> String {
     relative.to_string_lossy().replace('\\', "/")
 }
 
-/// All `.cu` files below `folder`; headers and sources are watched for changes.
-fn find(folder: &Path, sources: &mut Vec<PathBuf>) -> io::Result<()> {
+/// All `.cu` and `.cuh` files below `folder`.
+fn find(folder: &Path, sources: &mut Vec<PathBuf>, headers: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_dir() {
-            find(&path, sources)?;
+            find(&path, sources, headers)?;
             continue;
         }
-        let extension = path.extension().and_then(|e| e.to_str());
-        if matches!(extension, Some("cu" | "cuh")) {
-            println!("cargo:rerun-if-changed={}", path.display());
-        }
-        if extension == Some("cu") {
-            sources.push(path);
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("cu") => sources.push(path),
+            Some("cuh") => headers.push(path),
+            _ => {}
         }
     }
     Ok(())
 }
 
-fn compile(root: &Path, source: &Path, out: &Path) -> Result<(), String> {
+/// `made_of` has taken in what all files have in common.
+fn compile(root: &Path, source: &Path, out: &Path, mut made_of: DefaultHasher) -> Result<(), String> {
     let image = out.join(name(root, source).replace('/', "_")).with_extension("fatbin");
-    let mut nvcc = Command::new(compiler());
-    nvcc.args(["-fatbin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]);
+    let (part, note) = (image.with_extension("part"), image.with_extension("made_of"));
+    let mut options = vec!["-fatbin".into(), "-std=c++17".into(), "-O3".into(), "--expt-relaxed-constexpr".into()];
+    options.push("-lineinfo".to_string());
     if name(root, source).ends_with("_sm90a") {
-        nvcc.arg("-gencode=arch=compute_90a,code=sm_90a");
+        options.push("-gencode=arch=compute_90a,code=sm_90a".into());
     } else {
-        nvcc.args(CARDS.map(|card| format!("-gencode=arch=compute_{card},code=sm_{card}")));
-        nvcc.arg("-gencode=arch=compute_90,code=compute_90");
+        options.extend(CARDS.map(|card| format!("-gencode=arch=compute_{card},code=sm_{card}")));
+        options.push("-gencode=arch=compute_90,code=compute_90".into());
     }
-    nvcc.arg(source).arg("-o").arg(&image);
-    match nvcc.output() {
-        Ok(Output { status, .. }) if status.success() => Ok(()),
+    let io = |what: &str| {
+        let what = format!("{what} {}", source.display());
+        move |e: io::Error| format!("{what}: {e}")
+    };
+    (&options, fs::read(source).map_err(io("reading"))?).hash(&mut made_of);
+    let made_of = format!("{:016x}", made_of.finish());
+    if image.exists() && fs::read_to_string(&note).is_ok_and(|before| before == made_of) {
+        return Ok(());
+    }
+    let mut nvcc = Command::new(compiler());
+    match nvcc.args(&options).arg(source).arg("-o").arg(&part).output() {
+        // The note last: whatever is interrupted is done again.
+        Ok(Output { status, .. }) if status.success() => {
+            let _ = fs::remove_file(&note);
+            fs::rename(&part, &image).and_then(|()| fs::write(&note, made_of)).map_err(io("keeping what was made of"))
+        }
         Ok(Output { stdout, stderr, .. }) => {
             let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
             Err(format!("nvcc could not compile {}:\n{stdout}{stderr}", source.display()))
