@@ -9,7 +9,7 @@ DEMO_DIR ?= demo
 PACKAGES = build-essential pkg-config clang libclang-dev libavcodec-dev libavformat-dev libavutil-dev libavfilter-dev \
            libavdevice-dev libswscale-dev libswresample-dev
 
-.PHONY: all deps build demo test cuda bench clean
+.PHONY: all deps build demo test cuda test-cuda bench clean
 all: build
 
 # Asks the package manager only when something is missing.
@@ -44,6 +44,10 @@ test: deps
 FEATURES ?= --features cuda
 cuda: deps
 	eval "$$(kernels/toolkit.sh)" && $(CARGO) build --release --locked $(FEATURES)
+
+# Needs a card: the program's tests, which take it where there is one.
+test-cuda: deps
+	eval "$$(kernels/toolkit.sh)" && $(CARGO) test --locked --features cuda --test main program::
 
 bench: deps
 	$(CARGO) bench --locked

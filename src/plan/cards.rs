@@ -65,10 +65,11 @@ impl Card {
     }
 
     /// What the kernels here reach of the peak. Measured on an H200 at 21600 tokens: linears 0.72, memory 0.85. Attention
-    /// with `wgmma` 0.66 forward and 0.57 backward; with `mma.sync` in 99 KB of shared memory 0.38 and 0.32. Of the peak there,
-    /// which is that of `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and 0.5 of the
-    /// peak of cards that have no others. 8-bit linears as a whole, roundings included: e4m3 0.66; int8 0.55 (not measured on cards where the
-    /// kernel here multiplies, which has 0.68 of what `mma.sync` reaches of int8 on the H200, before roundings).
+    /// with `wgmma` 0.65 forward and 0.57 backward; with `mma.sync` in 99 KB of shared memory 0.37 and 0.32. Of the peak
+    /// there, which is that of `wgmma`, these instructions are taken to reach 0.62 at best (not measured here): so 0.6 and
+    /// 0.5 of the peak of cards that have no others. 8-bit linears as a whole, roundings included: e4m3 0.66; int8 0.55 (not
+    /// measured on cards where the kernel here multiplies, which has 0.68 of what `mma.sync` reaches of int8 on the H200,
+    /// before roundings).
     pub fn rates(&self) -> Rates {
         let peak = self.tensor_tflops * 1e12;
         let [forward, backward] = if self.capability[0] >= 9 { [0.66, 0.57] } else { [0.6, 0.5] };
