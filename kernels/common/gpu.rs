@@ -7,10 +7,10 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
+use candle_core::cuda_backend::cudarc::driver::sys::{self, CUfunction_attribute};
 use candle_core::cuda_backend::cudarc::driver::{result, CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
@@ -26,7 +26,9 @@ use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
+mod card;
 mod room;
+pub use card::{Card, KernelsOf};
 pub use room::Memory;
 
 const NAME: &str = "gpu";
@@ -63,29 +65,6 @@ struct Inner {
     profile: Mutex<Option<Vec<Timed>>>,
     /// A [`KernelsOf`].
     kernels_of: AtomicU8,
-}
-
-/// Whose kernels run: this card's own, or those that an earlier one would take, for holding them against each other and for
-/// timing what cannot be had here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum KernelsOf {
-    ThisCard,
-    /// A100: no instructions of later cards, 163 KB of shared memory a block.
-    Sm80,
-    /// RTX 30 and 40 series, A6000: 99 KB.
-    Sm86,
-}
-
-/// What a card is.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Card {
-    pub name: String,
-    /// Compute capability: (8, 6) is sm_86.
-    pub capability: (i32, i32),
-    /// Shared memory that one block may use.
-    pub shared_bytes: usize,
-    pub processors: usize,
 }
 
 /// All cards in use, so that whoever holds only a tensor finds its card.
@@ -145,36 +124,6 @@ impl Gpu {
 
     pub fn card(&self) -> &Card {
         &self.0.card
-    }
-
-    /// Whose kernels run from now on.
-    pub fn use_kernels_of(&self, card: KernelsOf) {
-        self.0.kernels_of.store(card as u8, Ordering::Relaxed);
-    }
-
-    fn kernels_of(&self) -> KernelsOf {
-        let stored = self.0.kernels_of.load(Ordering::Relaxed);
-        [KernelsOf::Sm80, KernelsOf::Sm86].into_iter().find(|k| *k as u8 == stored).unwrap_or(KernelsOf::ThisCard)
-    }
-
-    /// Whether only what every card can do is to be used.
-    pub(crate) fn portable(&self) -> bool {
-        self.kernels_of() != KernelsOf::ThisCard
-    }
-
-    /// Shared memory that a block of the kernels in use may take.
-    pub(crate) fn shared_bytes(&self) -> usize {
-        let limit = match self.kernels_of() {
-            KernelsOf::ThisCard => usize::MAX,
-            KernelsOf::Sm80 => 163 << 10,
-            KernelsOf::Sm86 => 99 << 10,
-        };
-        self.card().shared_bytes.min(limit)
-    }
-
-    /// Whether this card's own kernels may run: those of files `*_sm90a.cu`.
-    pub(crate) fn hopper(&self) -> bool {
-        self.card().capability == (9, 0) && !self.portable()
     }
 
     /// Waits until everything issued so far is done.
@@ -312,22 +261,6 @@ impl Gpu {
     pub fn event(&self) -> Result<CudaEvent> {
         let with_time = sys::CUevent_flags::CU_EVENT_DEFAULT;
         self.0.stream.record_event(Some(with_time)).map_err(|e| error(NAME, e.to_string()))
-    }
-}
-
-impl Card {
-    fn of(context: &CudaContext) -> std::result::Result<Self, result::DriverError> {
-        let attribute = |a| context.attribute(a);
-        Ok(Card {
-            name: context.name()?,
-            capability: (
-                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            ),
-            shared_bytes: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
-                as usize,
-            processors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
-        })
     }
 }
 

@@ -23,7 +23,7 @@ use wan_models::linear::Weight;
 use wan_models::wan::BlockWeights;
 
 /// Grows when the same recipe gives other bytes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Key of the recipe in the file's metadata.
 const RECIPE: &str = "wan_train.fp8_weights";
 
