@@ -16,6 +16,8 @@ fn main() {
     for folder in [&libraries, &stubs] {
         println!("cargo:rustc-link-search=native={}", folder.display());
     }
+    // Found when the program starts, also where the toolkit is a folder that the system does not know.
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
     // A toolkit's own stub names all the driver's functions. The placeholder that kernels/toolkit.sh makes names none:
     // they are then found when the program starts, on the machine with the card.
     let placeholder = fs::read(stubs.join("libcuda.so")).is_ok_and(|stub| !contains(&stub, b"cuInit"));

@@ -24,6 +24,10 @@ struct Entry {
     alpha: Option<String>,
 }
 
+/// Elements of the largest matrix that an adapter may stand for: four times the largest of a 14B model. Factors of a few MB
+/// can stand for more than any machine holds.
+const LARGEST: usize = 1 << 28;
+
 /// An open LoRA file.
 #[derive(Debug)]
 pub struct LoraFile {
@@ -296,7 +300,7 @@ impl LoraModule {
         self.factors.get(suffix)
     }
 
-    /// Checks that the factors are matrices that multiply.
+    /// Checks that the factors are matrices that multiply, and to no more than a model could have.
     fn check(&self) -> std::result::Result<(), String> {
         let dims = |s: &str| self.get(s).map(|t| t.dims().to_vec());
         let inner = |a: &str, b: &str| match (dims(a), dims(b)) {
@@ -310,10 +314,28 @@ impl LoraModule {
         inner("hada_w2_a", "hada_w2_b")?;
         inner("lokr_w1_a", "lokr_w1_b")?;
         inner("lokr_w2_a", "lokr_w2_b")?;
-        match self.factors.iter().find(|(_, t)| t.rank() < 2 || t.elem_count() == 0) {
-            Some((s, t)) => Err(format!("{s} has the shape {:?}", t.dims())),
-            None => Ok(()),
+        if let Some((s, t)) = self.factors.iter().find(|(_, t)| t.rank() < 2 || t.elem_count() == 0) {
+            return Err(format!("{s} has the shape {:?}", t.dims()));
         }
+        match self.shape() {
+            Some([o, i]) if o.saturating_mul(i) > LARGEST => {
+                Err(format!("its factors stand for a matrix of {o} x {i}, which no model has"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// `[o, i]` of [`Self::product`], without multiplying; `None` where a factor is missing.
+    pub fn shape(&self) -> Option<[usize; 2]> {
+        let first = |s: &str| self.get(s).map(|t| t.dims()[0]);
+        let rest = |s: &str| self.get(s).map(|t| t.dims()[1..].iter().product::<usize>());
+        let of = |up: &str, down: &str| Some([first(up)?, rest(down)?]);
+        let factor = |w: &str| of(w, w).or_else(|| of(&format!("{w}_a"), &format!("{w}_b")));
+        let plain = of("lora_up.weight", "lora_down.weight").or_else(|| of("hada_w1_a", "hada_w1_b"));
+        plain.or_else(|| {
+            let ([o1, i1], [o2, i2]) = (factor("lokr_w1")?, factor("lokr_w2")?);
+            Some([o1.saturating_mul(o2), i1.saturating_mul(i2)])
+        })
     }
 
     /// The inner width of the product; `None` for a LoKr of two full matrices.

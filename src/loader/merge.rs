@@ -100,21 +100,16 @@ impl Added {
                 None => None,
             };
             if let Some(mut module) = module {
+                if let Some(of) = module.shape() {
+                    fits(of, &of)?;
+                }
                 for factor in module.factors.values_mut() {
                     *factor = factor.to_device(device).map_err(named)?;
                 }
-                let (part, of) = match module.low_rank().map_err(named)? {
-                    Some((up_or, down_ri)) => {
-                        let of = [up_or.dims()[0], down_ri.dims()[1]];
-                        (Part::LowRank { up_or, down_ri }, of)
-                    }
-                    None => {
-                        let delta = module.product().map_err(named)?;
-                        let of = [delta.dims()[0], delta.dims()[1]];
-                        (Part::Whole(delta), of)
-                    }
+                let part = match module.low_rank().map_err(named)? {
+                    Some((up_or, down_ri)) => Part::LowRank { up_or, down_ri },
+                    None => Part::Whole(module.product().map_err(named)?),
                 };
-                fits(of, &of)?;
                 parts.push((part, merge.strength * module.scale()));
             }
             if let Some(diff) = merge.file.diff_from(key, fetch)? {

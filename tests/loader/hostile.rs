@@ -2,10 +2,12 @@
 
 use super::torch_file::{archive, global, pickle, text, torch_file, zip, Stored};
 use super::{put, raw_safetensors, user_error};
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use wan_train::loader::Source;
+use std::collections::BTreeMap;
+use wan_train::checkpoint::LoraFile;
+use wan_train::loader::{merge_map, Source};
 
 #[test]
 fn each_way_of_being_no_model_has_its_own_words() {
@@ -212,5 +214,33 @@ fn random_cuts_and_flips_never_panic() {
             rewrite(&path, &bytes);
             survive(&path);
         }
+    }
+}
+
+#[test]
+fn small_factors_of_enormous_matrices_are_refused() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap();
+    let files: [(&str, Vec<(&str, &[usize])>); 3] = [
+        ("lora", vec![("lora_A.weight", &[1, 500_000]), ("lora_B.weight", &[500_000, 1])]),
+        (
+            "loha",
+            vec![
+                ("hada_w1_a", &[500_000, 1]),
+                ("hada_w1_b", &[1, 500_000]),
+                ("hada_w2_a", &[500_000, 1]),
+                ("hada_w2_b", &[1, 500_000]),
+            ],
+        ),
+        ("lokr", vec![("lokr_w1", &[900, 900]), ("lokr_w2", &[900, 900])]),
+    ];
+    for (name, factors) in files {
+        let site = "diffusion_model.blocks.0.self_attn.q";
+        let tensors = factors.into_iter().map(|(part, shape)| (format!("{site}.{part}"), zeros(shape))).collect();
+        let lora = LoraFile::from_tensors(name, tensors, false).unwrap();
+        let said = user_error(lora.module("blocks.0.self_attn.q"));
+        assert!(said.contains("which no model has") && said.contains(name), "{said}");
+        // Nor does it get so far when it is merged.
+        let mut base = BTreeMap::from([("blocks.0.self_attn.q.weight".to_owned(), zeros(&[4, 4]))]);
+        assert!(user_error(merge_map(&mut base, lora, 1.0)).contains("which no model has"));
     }
 }
