@@ -33,7 +33,9 @@ fn main() {
     let mut common = DefaultHasher::new();
     headers.iter().for_each(|header| fs::read(header).expect("a header can be read").hash(&mut common));
     // Where it does not start, the first file says so.
-    Command::new(compiler()).arg("--version").output().map(|v| v.stdout).unwrap_or_default().hash(&mut common);
+    let version = Command::new(compiler()).arg("--version").output().map(|v| v.stdout).unwrap_or_default();
+    version.hash(&mut common);
+    println!("cargo:rustc-env=WAN_CUDA={}", release(&String::from_utf8_lossy(&version)));
 
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
@@ -121,6 +123,11 @@ fn compile(root: &Path, source: &Path, out: &Path, mut made_of: DefaultHasher) -
             "nvcc does not start: {e}\nhint: eval \"$(kernels/toolkit.sh)\" finds or installs a CUDA compiler"
         )),
     }
+}
+
+/// "13.0" of "Cuda compilation tools, release 13.0, V13.0.88"; empty where nothing like that is said.
+fn release(version: &str) -> &str {
+    version.split_once("release ").and_then(|(_, rest)| rest.split(',').next()).unwrap_or_default()
 }
 
 fn compiler() -> PathBuf {

@@ -17,6 +17,7 @@ pub mod bench;
 pub mod check;
 pub mod conv3d;
 pub mod dense_attention;
+mod driver;
 pub mod error;
 pub mod flow;
 pub mod fp8;

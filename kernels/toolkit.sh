@@ -18,7 +18,7 @@ find_toolkit() {
 }
 
 install_wheels() {
-  say "no CUDA compiler found: installing one from NVIDIA's Python wheels into $cache"
+  say "no CUDA compiler found: installing one from NVIDIA's Python wheels (1.2 GB) into $cache"
   command -v python3 >/dev/null || { say "error: python3 is missing (it only unpacks the compiler)"; say "hint: apt-get install python3-venv, or install a CUDA toolkit and set CUDA_HOME"; exit 1; }
   local partial="$cache.partial"
   rm -rf "$partial"
@@ -39,9 +39,15 @@ install_wheels() {
 
 home=$(find_toolkit)
 if [ -z "$home" ]; then
-  exec 9>"${cache%/*}/.cuda.lock" 2>/dev/null || { mkdir -p "${cache%/*}"; exec 9>"${cache%/*}/.cuda.lock"; }
+  mkdir -p "${cache%/*}"
+  exec 9>"${cache%/*}/.cuda.lock"
   flock 9
   [ -d "$cache" ] || install_wheels
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1 || true)
+  if [[ "$driver" =~ ^[0-9]+$ ]] && [ "$driver" -lt 580 ]; then
+    say "warning: programs built with CUDA 13 need NVIDIA's driver 580 or later, this machine has $driver"
+    say "hint: update the driver, or install a CUDA 12 toolkit and set CUDA_HOME"
+  fi
   home=$(echo "$cache"/lib/python3*/site-packages/nvidia/cu13)
 fi
 echo "export CUDA_HOME='$home' CUDA_PATH='$home' CUDA_ROOT='$home' PATH='$home/bin':\"\$PATH\""

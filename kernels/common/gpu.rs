@@ -71,9 +71,11 @@ struct Inner {
 static CARDS: Mutex<Vec<Weak<Inner>>> = Mutex::new(Vec::new());
 
 impl Gpu {
-    /// Opens card `ordinal`. Errors (`Gpu`): no driver, no such card, a card older than sm_80.
+    /// Opens card `ordinal`. Errors (`Gpu`): a driver older than the CUDA of the build, no such card, a card older than
+    /// sm_80.
     pub fn new(ordinal: usize) -> Result<Self> {
         let failed = |e: &dyn std::fmt::Display| error(NAME, format!("card {ordinal} cannot be opened: {e}"));
+        crate::driver::check(card::driver_cuda(), card::BUILT_WITH).map_err(|what| failed(&what))?;
         // The context comes first: its error is about the driver, later ones about memory.
         let context = CudaContext::new(ordinal).map_err(|e| failed(&e))?;
         let card = Card::of(&context).map_err(|e| failed(&e))?;

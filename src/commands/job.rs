@@ -225,7 +225,11 @@ pub fn exec(device: &str, compute: DType) -> anyhow::Result<Exec> {
         "cuda" => cuda(compute),
         // Where there is no card, everything still runs.
         #[cfg(feature = "cuda")]
-        "auto" => cuda(compute).or(Ok(Exec::Reference { device: Device::Cpu, compute })),
+        "auto" => cuda(compute).or_else(|e| {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| eprintln!("note: computing on the CPU: {e:#}"));
+            Ok(Exec::Reference { device: Device::Cpu, compute })
+        }),
         #[cfg(not(feature = "cuda"))]
         "cuda" => Err(UserError::new("this build computes on the CPU only")
             .hint("build with `make cuda`, or leave --device out")
@@ -238,7 +242,7 @@ pub fn exec(device: &str, compute: DType) -> anyhow::Result<Exec> {
 fn cuda(compute: DType) -> anyhow::Result<Exec> {
     Exec::cuda(0, compute).map_err(|e| {
         UserError::new(e.to_string())
-            .hint("`nvidia-smi` shows card and driver (CUDA 12 or later is needed); --device cpu computes without")
+            .hint("`nvidia-smi` shows card and driver; the driver's CUDA must be no older than the toolkit that this program was built with; --device cpu computes without")
             .into()
     })
 }

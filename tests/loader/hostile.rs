@@ -220,7 +220,8 @@ fn random_cuts_and_flips_never_panic() {
 #[test]
 fn small_factors_of_enormous_matrices_are_refused() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap();
-    let files: [(&str, Vec<(&str, &[usize])>); 3] = [
+    type Factors = Vec<(&'static str, &'static [usize])>;
+    let files: [(&str, Factors); 3] = [
         ("lora", vec![("lora_A.weight", &[1, 500_000]), ("lora_B.weight", &[500_000, 1])]),
         (
             "loha",

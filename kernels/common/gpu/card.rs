@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::{cuDriverGetVersion, CUdevice_attribute};
 use candle_core::cuda_backend::cudarc::driver::{result, CudaContext};
 
 use super::Gpu;
@@ -76,4 +76,15 @@ impl Gpu {
     pub(crate) fn hopper(&self) -> bool {
         self.card().capability == (9, 0) && !self.portable()
     }
+}
+
+/// The CUDA whose compiler and libraries this build has, such as "13.0"; empty where the compiler did not say.
+pub(super) const BUILT_WITH: &str = env!("WAN_CUDA");
+
+/// The newest CUDA that the driver knows: (12, 8). `None` where it does not say.
+pub(super) fn driver_cuda() -> Option<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: writes one number, and needs nothing before it.
+    unsafe { cuDriverGetVersion(&mut version) }.result().ok()?;
+    (version > 0).then_some((version / 1000, version % 1000 / 10))
 }
