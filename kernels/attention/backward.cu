@@ -31,7 +31,8 @@
 
 namespace wan {
 
-template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES, bool V_HELD> struct AttentionBackward {
+template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES, bool V_HELD>
+struct AttentionBackward {
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kKeys = 128;
   static constexpr int kQueryTiles = ROWS / 16; // of 8 queries, in half a tile
@@ -528,21 +529,20 @@ __device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ 
 } // namespace wan
 
 #define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD)                              \
+  using Backward_##SUFFIX = wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>;             \
   extern "C" __global__ void __launch_bounds__(256, 1) attention_bwd_##SUFFIX(                                         \
       const T *q, const T *k, const T *v, const T *dout, const float *rows, float *dq_sum, int *turns, T *dk, T *dv,   \
       float *parts, int l, int m, int heads, float scale, int head_group) {                                            \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::run(                                        \
-        q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale, head_group);                            \
+    Backward_##SUFFIX::run(q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale, head_group);         \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_##SUFFIX(                                           \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int n_turns, int l, int heads,             \
       int batches) {                                                                                                   \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::prepare(o, dout, lse, rows, turns, n_turns, \
-                                                                                   l, heads, batches);                 \
+    Backward_##SUFFIX::prepare(o, dout, lse, rows, turns, n_turns, l, heads, batches);                                 \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       attention_dq_##SUFFIX(const float *dq_sum, T *dq, int l, int heads, float scale) {                               \
-    wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>::finish_dq(dq_sum, dq, l, heads, scale);     \
+    Backward_##SUFFIX::finish_dq(dq_sum, dq, l, heads, scale);                                                         \
   }
 #define ATTENTION_KEYS(SUFFIX, T)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \

@@ -317,21 +317,26 @@ impl LoraModule {
         if let Some((s, t)) = self.factors.iter().find(|(_, t)| t.rank() < 2 || t.elem_count() == 0) {
             return Err(format!("{s} has the shape {:?}", t.dims()));
         }
-        match self.shape() {
-            Some([o, i]) if o.saturating_mul(i) > LARGEST => {
+        match (self.shape(), self.pair("hada_w2_a", "hada_w2_b")) {
+            (Some([o, i]), _) | (_, Some([o, i])) if o.saturating_mul(i) > LARGEST => {
                 Err(format!("its factors stand for a matrix of {o} x {i}, which no model has"))
+            }
+            (Some(first), Some(second)) if first != second => {
+                Err(format!("its two products have the shapes {first:?} and {second:?}"))
             }
             _ => Ok(()),
         }
     }
 
+    /// `[o, i]` of the product of two factors, without multiplying.
+    fn pair(&self, up: &str, down: &str) -> Option<[usize; 2]> {
+        Some([self.get(up)?.dims()[0], self.get(down)?.dims()[1..].iter().product()])
+    }
+
     /// `[o, i]` of [`Self::product`], without multiplying; `None` where a factor is missing.
     pub fn shape(&self) -> Option<[usize; 2]> {
-        let first = |s: &str| self.get(s).map(|t| t.dims()[0]);
-        let rest = |s: &str| self.get(s).map(|t| t.dims()[1..].iter().product::<usize>());
-        let of = |up: &str, down: &str| Some([first(up)?, rest(down)?]);
-        let factor = |w: &str| of(w, w).or_else(|| of(&format!("{w}_a"), &format!("{w}_b")));
-        let plain = of("lora_up.weight", "lora_down.weight").or_else(|| of("hada_w1_a", "hada_w1_b"));
+        let factor = |w: &str| self.pair(w, w).or_else(|| self.pair(&format!("{w}_a"), &format!("{w}_b")));
+        let plain = self.pair("lora_up.weight", "lora_down.weight").or_else(|| self.pair("hada_w1_a", "hada_w1_b"));
         plain.or_else(|| {
             let ([o1, i1], [o2, i2]) = (factor("lokr_w1")?, factor("lokr_w2")?);
             Some([o1.saturating_mul(o2), i1.saturating_mul(i2)])

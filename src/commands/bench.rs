@@ -264,7 +264,8 @@ pub mod on_card {
         let (watch, ready) = steps_of(gpu, job, exec, options, (&planned, settings), weights, steps)?;
         let prepared = (ready - clock).as_secs_f64();
         let classes = gpu.finish_profile()?;
-        report(gpu, job, options, &planned, &watch, &classes, prepared, tokens)
+        let code = report(gpu, job, options, &planned, &watch, &classes, prepared, tokens)?;
+        Ok(if job.stopped() { ExitCode::from(130) } else { code })
     }
 
     pub fn residency(planned: &plan::Plan) -> ResidencySpec {

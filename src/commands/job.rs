@@ -242,7 +242,10 @@ pub fn exec(device: &str, compute: DType) -> anyhow::Result<Exec> {
 fn cuda(compute: DType) -> anyhow::Result<Exec> {
     Exec::cuda(0, compute).map_err(|e| {
         UserError::new(e.to_string())
-            .hint("`nvidia-smi` shows card and driver; the driver's CUDA must be no older than the toolkit that this program was built with; --device cpu computes without")
+            .hint(
+                "`nvidia-smi` shows card and driver; the driver's CUDA must be no older than the toolkit that this program was \
+                 built with; --device cpu computes without",
+            )
             .into()
     })
 }

@@ -221,13 +221,22 @@ fn random_cuts_and_flips_never_panic() {
 fn small_factors_of_enormous_matrices_are_refused() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap();
     type Factors = Vec<(&'static str, &'static [usize])>;
-    let files: [(&str, Factors); 3] = [
+    let files: [(&str, Factors); 4] = [
         ("lora", vec![("lora_A.weight", &[1, 500_000]), ("lora_B.weight", &[500_000, 1])]),
         (
             "loha",
             vec![
                 ("hada_w1_a", &[500_000, 1]),
                 ("hada_w1_b", &[1, 500_000]),
+                ("hada_w2_a", &[500_000, 1]),
+                ("hada_w2_b", &[1, 500_000]),
+            ],
+        ),
+        (
+            "second",
+            vec![
+                ("hada_w1_a", &[4, 1]),
+                ("hada_w1_b", &[1, 4]),
                 ("hada_w2_a", &[500_000, 1]),
                 ("hada_w2_b", &[1, 500_000]),
             ],
@@ -244,4 +253,14 @@ fn small_factors_of_enormous_matrices_are_refused() {
         let mut base = BTreeMap::from([("blocks.0.self_attn.q.weight".to_owned(), zeros(&[4, 4]))]);
         assert!(user_error(merge_map(&mut base, lora, 1.0)).contains("which no model has"));
     }
+}
+
+#[test]
+fn products_of_two_shapes_are_refused() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap();
+    let factors = [("hada_w1_a", [4, 2]), ("hada_w1_b", [2, 4]), ("hada_w2_a", [4, 2]), ("hada_w2_b", [2, 5])];
+    let tensors = factors.map(|(part, shape)| (format!("diffusion_model.blocks.0.ffn.0.{part}"), zeros(&shape)));
+    let lora = LoraFile::from_tensors("uneven", tensors.into_iter().collect(), false).unwrap();
+    let said = user_error(lora.module("blocks.0.ffn.0"));
+    assert!(said.contains("[4, 4] and [4, 5]") && said.contains("uneven"), "{said}");
 }

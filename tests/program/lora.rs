@@ -344,6 +344,15 @@ fn mistakes_are_named() {
     half.retain(|t| !t.name.ends_with("blocks.1.ffn.0.lora_B.weight"));
     write_safetensors(&desk.at("half.safetensors"), half, &BTreeMap::new()).unwrap();
     refused(&with(&["convert", "@half.safetensors", "--to", "kohya"]), 1, &["blocks.1.ffn.0", "hint:"]);
+    // A few MB that stand for more than any machine holds.
+    let enormous = [("lokr_w1", [900, 900]), ("lokr_w2", [900, 900])].map(|(part, shape)| {
+        let zeros = Tensor::zeros(&shape, DType::F32, &Device::Cpu).unwrap();
+        TensorOut::of(format!("diffusion_model.blocks.0.ffn.0.{part}"), &zeros).unwrap()
+    });
+    write_safetensors(&desk.at("enormous.safetensors"), enormous.into(), &BTreeMap::new()).unwrap();
+    let words = ["enormous.safetensors", "blocks.0.ffn.0", "810000 x 810000", "hint:"];
+    refused(&desk.run(&["info", "@enormous.safetensors"]), 1, &words);
+    refused(&with(&["resize", "@enormous.safetensors", "--dim", "4"]), 1, &words);
     // Whole differences have no place in these.
     let diff =
         TensorOut::of("diffusion_model.blocks.0.norm3.diff", &Tensor::ones(4, DType::F32, &Device::Cpu).unwrap());
