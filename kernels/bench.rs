@@ -67,7 +67,8 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
     let mut rows = Vec::new();
     let case = |what: &str| format!("{l} tokens{what}");
 
-    for m in [l, 512] {
+    // Self-attention, a prompt of full length, and one of 120 tokens whose padding one key stands for.
+    for (m, last_stands_for) in [(l, 1), (512, 1), (121, 392)] {
         let (q, k, v) = (
             random(gpu, &[1, l, n, h], compute)?,
             random(gpu, &[1, m, n, h], compute)?,
@@ -81,11 +82,11 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
         } {
             gpu.use_kernels_of(*card);
             let case = case(&format!(", {m} keys{what}"));
-            let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh };
+            let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh, last_stands_for };
             rows.push(time::<Attention>(exec, gpu, case.clone(), &args, runs)?);
             let o = exec.run::<Attention>(&args)?;
             let (o_blnh, lse_bnl, do_blnh) = (&o.o_blnh, &o.lse_bnl, &d_o);
-            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
+            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh, last_stands_for };
             rows.push(time::<AttentionBackward>(exec, gpu, case, &args, runs)?);
         }
         gpu.use_kernels_of(ThisCard);

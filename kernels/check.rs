@@ -221,22 +221,30 @@ fn linears(c: &mut Checker<'_>) -> Result<()> {
 
 fn attention(c: &mut Checker<'_>, op: &str) -> Result<()> {
     let shapes = [
-        (1, 97, 97, 9, 128),
-        (2, 1, 1, 3, 128),
-        (1, 1025, 513, 2, 128),
-        (2, 130, 769, 3, 128),
-        (1, 1, 300, 9, 128),
-        (2, 130, 769, 3, 64),
-        (1, 50, 512, 3, 16),
+        (1, 97, 97, 9, 128, 1),
+        (2, 1, 1, 3, 128, 1),
+        (1, 1025, 513, 2, 128, 1),
+        (2, 130, 769, 3, 128, 1),
+        (1, 1, 300, 9, 128, 1),
+        (2, 130, 769, 3, 64, 1),
+        (1, 50, 512, 3, 16, 1),
+        // Ends in the middle, at the end and behind the end of a tile, and a single key.
+        (1, 1025, 121, 2, 128, 392),
+        (2, 130, 256, 3, 128, 257),
+        (1, 97, 385, 3, 128, 7),
+        (1, 70, 1, 3, 128, 512),
+        (2, 130, 33, 3, 64, 480),
+        (1, 50, 100, 3, 16, 413),
     ];
-    for (b, l, m, n, h) in shapes {
-        c.run(op, &format!("[{b}, {l}, {n}, {h}] x {m}"), HALVES, &|p| {
+    for (b, l, m, n, h, last_stands_for) in shapes {
+        let times = if last_stands_for > 1 { format!(", the last {last_stands_for} times") } else { String::new() };
+        c.run(op, &format!("[{b}, {l}, {n}, {h}] x {m}{times}"), HALVES, &|p| {
             let (q, k) = (p.normal(1, &[b, l, n, h])?, p.normal(2, &[b, m, n, h])?);
             let (v, d_o) = (p.normal(3, &[b, m, n, h])?, p.normal(4, &[b, l, n, h])?);
             let (q_blnh, k_bmnh, v_bmnh, do_blnh) = (&q, &k, &v, &d_o);
-            let o = p.exec.run::<Attention>(&AttentionArgs { q_blnh, k_bmnh, v_bmnh })?;
+            let o = p.exec.run::<Attention>(&AttentionArgs { q_blnh, k_bmnh, v_bmnh, last_stands_for })?;
             let (o_blnh, lse_bnl) = (&o.o_blnh, &o.lse_bnl);
-            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh };
+            let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh, last_stands_for };
             let d = p.exec.run::<AttentionBackward>(&args)?;
             let again = p.exec.run::<AttentionBackward>(&args)?;
             let same = values(&again.dq_blnh)? == values(&d.dq_blnh)?;

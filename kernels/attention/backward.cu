@@ -27,11 +27,13 @@
 //   the other.
 //   with V_HELD (97 KB) V is read once and stays in registers, where its 64 registers a thread leave no room for all of dP:
 //   it is computed in two parts. One buffer of dS and of dO, hence two barriers per tile.
+// And each with REPEATED, where the last key stands for `copies` equal ones: its p counts that often, and its dK and dV are the
+// sums of theirs. Kernels of their own, so that self-attention does not pay for it.
 #include "../common/mma.cuh"
 
 namespace wan {
 
-template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES, bool V_HELD>
+template <typename T, int HEAD, int ROWS, int Q_STAGES, int DO_STAGES, int DS_STAGES, bool V_HELD, bool REPEATED>
 struct AttentionBackward {
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kKeys = 128;
@@ -141,7 +143,8 @@ struct AttentionBackward {
   static __device__ void run(const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
                              const T *__restrict__ dout, const float *__restrict__ rows, float *__restrict__ dq_sum,
                              int *__restrict__ turns, T *__restrict__ dk, T *__restrict__ dv,
-                             float *__restrict__ parts, int l, int m, int heads, float scale, int head_group) {
+                             float *__restrict__ parts, int l, int m, int heads, float scale, int head_group,
+                             float copies) {
     extern __shared__ __align__(256) unsigned char shared[];
     const uint32_t k_s = smem_address(shared);
     const uint32_t v_s = k_s + kKBytes;
@@ -333,6 +336,8 @@ struct AttentionBackward {
                 p0 = past ? 0.f : p0;
                 p1 = past ? 0.f : p1;
               }
+              if constexpr (REPEATED)
+                if (i * 16 + r * 8 + 1 == key_limit) p0 *= copies, p1 *= copies;
               p16[i][j][r] = H::pack(p0, p1);
               ds16[i][j][r] = H::pack(p0 * (dp[i][j][2 * r] - mean.x), p1 * (dp[i][j][2 * r + 1] - mean.y));
             }
@@ -528,13 +533,17 @@ __device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ 
 
 } // namespace wan
 
-#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD)                              \
-  using Backward_##SUFFIX = wan::AttentionBackward<T, HEAD, ROWS, Q_STAGES, DO_STAGES, DS_STAGES, V_HELD>;             \
+#define ATTENTION_BACKWARD_RUN(SUFFIX, REPEATED, T, ...)                                                               \
   extern "C" __global__ void __launch_bounds__(256, 1) attention_bwd_##SUFFIX(                                         \
       const T *q, const T *k, const T *v, const T *dout, const float *rows, float *dq_sum, int *turns, T *dk, T *dv,   \
-      float *parts, int l, int m, int heads, float scale, int head_group) {                                            \
-    Backward_##SUFFIX::run(q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale, head_group);         \
-  }                                                                                                                    \
+      float *parts, int l, int m, int heads, float scale, int head_group, float copies) {                              \
+    wan::AttentionBackward<T, __VA_ARGS__, REPEATED>::run(q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m,     \
+                                                          heads, scale, head_group, copies);                           \
+  }
+#define ATTENTION_BACKWARD(SUFFIX, T, ...)                                                                             \
+  ATTENTION_BACKWARD_RUN(SUFFIX, false, T, __VA_ARGS__)                                                                \
+  ATTENTION_BACKWARD_RUN(SUFFIX##r, true, T, __VA_ARGS__)                                                              \
+  using Backward_##SUFFIX = wan::AttentionBackward<T, __VA_ARGS__, false>;                                             \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_##SUFFIX(                                           \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int n_turns, int l, int heads,             \
       int batches) {                                                                                                   \

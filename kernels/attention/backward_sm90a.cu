@@ -16,6 +16,8 @@
 // Determinism: the blocks of one head add their part of a query tile strictly in the order of their key block, by a turn
 // counter per (head, two query tiles). A block only ever waits for the block before it in launch order, which is resident
 // already, so waiting cannot deadlock. It is the third warpgroup that waits: the other two run on, up to two tiles ahead.
+//
+// The last key may stand for `copies` equal ones: its p counts that often, and its dK and dV are the sums of theirs.
 #include "../common/hopper.cuh"
 
 namespace wan {
@@ -37,7 +39,8 @@ template <typename T> struct AttentionBackwardHopper {
   static __device__ void run(const TensorMap *q_map, const TensorMap *k_map, const TensorMap *v_map,
                              const TensorMap *do_map, const float *__restrict__ rows, float *__restrict__ dq_sum,
                              int *__restrict__ turns, T *__restrict__ dk, T *__restrict__ dv,
-                             float *__restrict__ parts, int l, int m, int heads, float scale, int head_group) {
+                             float *__restrict__ parts, int l, int m, int heads, float scale, int head_group,
+                             float copies) {
     extern __shared__ unsigned char shared[];
     const uint32_t k_s = (smem_address(shared) + 1023) & ~1023u;
     const uint32_t v_s = k_s + kKBytes, q_s = k_s + kQ, do_s = k_s + kDo, ds_s = k_s + kDs, stats_s = k_s + kStats;
@@ -178,7 +181,7 @@ template <typename T> struct AttentionBackwardHopper {
 #pragma unroll
     for (int i = 0; i < 64; ++i) dk_acc[i] = dv_acc[i] = 0.f;
     // Keys past the end must not reach dQ: their K rows are zero but p of a zero score is not.
-    const bool ragged = m - key_block * kKeys < kKeys;
+    const bool ragged = m - key_block * kKeys < kKeys || (copies != 1.f && key_block == key_blocks - 1);
     const int key_limit = m - key_block * kKeys - group * 64 - warp * 16 - (lane >> 2);
 
     const uint64_t k_op = operand(k_s + group * 64 * 128, 0), v_op = operand(v_s + group * 64 * 128, 0);
@@ -226,8 +229,10 @@ template <typename T> struct AttentionBackwardHopper {
       }
       if (ragged) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i)
-          if (((i >> 1) & 1) * 8 >= key_limit) s[i] = 0.f;
+        for (int i = 0; i < 32; ++i) {
+          const int next = ((i >> 1) & 1) * 8 + 1;
+          s[i] = next > key_limit ? 0.f : next == key_limit ? s[i] * copies : s[i];
+        }
       }
 #pragma unroll
       for (int i = 0; i < 16; ++i) p16[i] = H::pack(s[2 * i], s[2 * i + 1]);
@@ -372,9 +377,10 @@ template <typename T> struct AttentionBackwardHopper {
   extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_hopper_##SUFFIX(                                  \
       const __grid_constant__ wan::TensorMap q, const __grid_constant__ wan::TensorMap k,                             \
       const __grid_constant__ wan::TensorMap v, const __grid_constant__ wan::TensorMap dout, const float *rows,       \
-      float *dq_sum, int *turns, T *dk, T *dv, float *parts, int l, int m, int heads, float scale, int head_group) {  \
+      float *dq_sum, int *turns, T *dk, T *dv, float *parts, int l, int m, int heads, float scale, int head_group,    \
+      float copies) {                                                                                                 \
     wan::AttentionBackwardHopper<T>::run(&q, &k, &v, &dout, rows, dq_sum, turns, dk, dv, parts, l, m, heads, scale,   \
-                                         head_group);                                                                 \
+                                         head_group, copies);                                                         \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_hopper_##SUFFIX(                                    \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int l, int heads, int batches) {          \

@@ -43,6 +43,7 @@ pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> 
         Arg::i32(m),
         Arg::i32(n),
         Arg::f32(super::scale(h) as f32),
+        Arg::f32(super::lift(a.last_stands_for, h)),
     ];
     let name = format!("attention_fwd_{}_{h}_{}x{}", suffix(a.q_blnh.dtype()), tile.rows, tile.keys);
     let launch = Launch { shared: tile.shared, ..Launch::blocks((l.div_ceil(tile.rows), n, b), 128) };
@@ -113,10 +114,12 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
         Arg::i32(n),
         scale,
         Arg::i32(group),
+        Arg::f32(a.last_stands_for as f32),
     ];
     let blocks = n.div_ceil(group) * group * key_blocks;
     let launch = Launch { shared: tile.shared, ..Launch::blocks((blocks, b, splits), 256) };
-    gpu.launch(FILE, &format!("attention_bwd_{variant}"), launch, &args)?;
+    let repeated = if a.last_stands_for > 1 { "r" } else { "" };
+    gpu.launch(FILE, &format!("attention_bwd_{variant}{repeated}"), launch, &args)?;
 
     if let Some(parts) = &parts {
         let size = a.k_bmnh.elem_count();

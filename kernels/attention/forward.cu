@@ -4,7 +4,8 @@
 //
 // One block owns ROWS query rows of one head and walks over the keys in tiles of KEYS; scores live in registers only.
 // K and V have one buffer each: V of a tile arrives while S is computed, K of the next tile while O is updated.
-// Softmax in fp32 and base 2, scale folded into the exponent's multiply-add.
+// Softmax in fp32 and base 2, scale folded into the exponent's multiply-add. The last key may stand for several equal ones:
+// `lift` is what its score gains by that, ln(count) / scale.
 #include "../common/mma.cuh"
 
 namespace wan {
@@ -18,7 +19,8 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
   static_assert(ROWS % (WARPS * 16) == 0 && KEYS % 16 == 0 && HEAD % 64 == 0, "tile shape");
 
   static __device__ void run(const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
-                             T *__restrict__ o, float *__restrict__ lse, int l, int m, int heads, float scale) {
+                             T *__restrict__ o, float *__restrict__ lse, int l, int m, int heads, float scale,
+                             float lift) {
     using H = Half16<T>;
     using HeadTile = Tile<HEAD>;
     extern __shared__ __align__(256) unsigned char shared[];
@@ -87,14 +89,16 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
         cp_async_commit();
       }
 
-      if (m - tile * KEYS < KEYS) { // the last tile may be ragged
+      if (tile + 1 == tiles) { // it may be ragged
 #pragma unroll
         for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
-          for (int c = 0; c < 4; ++c)
-            if (tile * KEYS + j * 8 + (lane & 3) * 2 + (c & 1) >= m)
+          for (int c = 0; c < 4; ++c) {
+            const int key = tile * KEYS + j * 8 + (lane & 3) * 2 + (c & 1);
 #pragma unroll
-              for (int i = 0; i < kRowTiles; ++i) s[i][j][c] = -INFINITY;
+            for (int i = 0; i < kRowTiles; ++i)
+              if (key + 1 >= m) s[i][j][c] = key >= m ? -INFINITY : s[i][j][c] + lift;
+          }
       }
 
       // The running maximum rarely grows after the first tiles: O is rescaled only when it did for any row of the warp.
@@ -196,8 +200,8 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
 // One exported name per (type, head width, tile); tile.rs chooses among them and knows their shared bytes.
 #define ATTENTION_FORWARD(NAME, T, HEAD, ROWS, KEYS, WARPS)                                                            \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(const T *q, const T *k, const T *v, T *o, float *lse, \
-                                                                int l, int m, int heads, float scale) {               \
-    wan::AttentionForward<T, HEAD, ROWS, KEYS, WARPS>::run(q, k, v, o, lse, l, m, heads, scale);                      \
+                                                                int l, int m, int heads, float scale, float lift) {   \
+    wan::AttentionForward<T, HEAD, ROWS, KEYS, WARPS>::run(q, k, v, o, lse, l, m, heads, scale, lift);                \
   }
 
 ATTENTION_FORWARD(attention_fwd_bf16_128_128x64, __nv_bfloat16, 128, 128, 64, 4)

@@ -5,7 +5,8 @@
 // A block owns 128 query rows of one head: two warpgroups compute 64 rows each, a third one (one thread of it) keeps two
 // stages of K and V coming. Within a warpgroup the next tile's scores and the present tile's part of O are in flight
 // together; between warpgroups the products of one run during the softmax of the other. Keys are walked from the last tile
-// to the first, so that only the first step has keys to mask.
+// to the first, so that only the first step has keys to mask, and the one that may stand for several equal ones: `lift` is
+// what its score gains by that, ln(count) / scale.
 #include "../common/hopper.cuh"
 
 namespace wan {
@@ -21,7 +22,8 @@ template <typename T, int KEYS> struct AttentionForwardHopper {
   static_assert(KEYS % 16 == 0 && KEYS <= 256, "tile shape");
 
   static __device__ void run(const TensorMap *q_map, const TensorMap *k_map, const TensorMap *v_map,
-                             const TensorMap *o_map, float *__restrict__ lse, int l, int m, int heads, float scale) {
+                             const TensorMap *o_map, float *__restrict__ lse, int l, int m, int heads, float scale,
+                             float lift) {
     extern __shared__ unsigned char shared[];
     const uint32_t q_s = (smem_address(shared) + 1023) & ~1023u;
     const uint32_t k_s = q_s + kQBytes, v_s = k_s + kStages * kKeyBytes;
@@ -134,10 +136,12 @@ template <typename T, int KEYS> struct AttentionForwardHopper {
     wgmma_wait<0>();
     pin(s);
     release(k_empty);
-    if (const int keys = m - (tiles - 1) * KEYS; keys < KEYS) {
+    if (const int last = m - 1 - (tiles - 1) * KEYS; last < KEYS - 1 || lift != 0.f) {
 #pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i)
-        if ((i >> 2) * 8 + (lane & 3) * 2 + (i & 1) >= keys) s[i] = -INFINITY;
+      for (int i = 0; i < KEYS / 2; ++i) {
+        const int key = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1);
+        s[i] = key > last ? -INFINITY : key == last ? s[i] + lift : s[i];
+      }
     }
     row_max[0] = row_max[1] = -INFINITY;
     top_of_rows(row_max);
@@ -230,8 +234,8 @@ template <typename T, int KEYS> struct AttentionForwardHopper {
   extern "C" __global__ void __launch_bounds__(384, 1)                                                                \
       NAME(const __grid_constant__ wan::TensorMap q, const __grid_constant__ wan::TensorMap k,                        \
            const __grid_constant__ wan::TensorMap v, const __grid_constant__ wan::TensorMap o, float *lse, int l,     \
-           int m, int heads, float scale) {                                                                           \
-    wan::AttentionForwardHopper<T, KEYS>::run(&q, &k, &v, &o, lse, l, m, heads, scale);                     \
+           int m, int heads, float scale, float lift) {                                                               \
+    wan::AttentionForwardHopper<T, KEYS>::run(&q, &k, &v, &o, lse, l, m, heads, scale, lift);                         \
   }
 
 ATTENTION_FORWARD_HOPPER(attention_fwd_hopper_bf16, __nv_bfloat16, 128)

@@ -33,6 +33,7 @@ pub(super) fn forward(gpu: &Gpu, a: &AttentionArgs<'_>) -> Result<AttentionOut> 
         Arg::i32(m),
         Arg::i32(n),
         Arg::f32(super::scale(h) as f32),
+        Arg::f32(super::lift(a.last_stands_for, h)),
     ];
     let name = format!("attention_fwd_hopper_{}", suffix(a.q_blnh.dtype()));
     let launch = Launch { shared: tile.shared, ..Launch::blocks((l.div_ceil(tile.rows), n, b), tiles::THREADS) };
@@ -98,6 +99,7 @@ pub(super) fn backward(gpu: &Gpu, a: &AttentionBackwardArgs<'_>) -> Result<Atten
         Arg::i32(n),
         scale,
         Arg::i32(group),
+        Arg::f32(a.last_stands_for as f32),
     ];
     let blocks = n.div_ceil(group) * group * m.div_ceil(tile.keys);
     let launch = Launch { shared: tile.shared, ..Launch::blocks((blocks, b, splits), tiles::THREADS) };

@@ -1,7 +1,8 @@
 //! Scaled dot-product attention over heads, forward and backward, without a mask.
 //!
 //! `o = softmax(q·kᵀ / √h)·v`. Self-attention has `m = l`; cross-attention has any `m` (text rows beyond the prompt are
-//! attended to, as the model was trained). The backward is the flash formulation: probabilities are recomputed from
+//! attended to, as the model was trained). Where a context ends in equal rows, as a padded prompt does, one key stands for all
+//! of them: it counts that often in the softmax, which is the same sum with fewer terms. The backward is the flash formulation: probabilities are recomputed from
 //! `lse`, the row-wise log-sum-exp of the scaled scores, and `delta = rowsum(do ∘ o)` replaces the softmax Jacobian.
 //! Every gradient is written (`=`), none is accumulated. Softmax is fp32 whatever `compute` is.
 
@@ -9,7 +10,7 @@ use candle_core::{DType, Tensor, D};
 
 #[cfg(feature = "cuda")]
 use crate::common::gpu::Gpu;
-use crate::{gate, num, Cost, Op, Result};
+use crate::{gate, num, Cost, Error, Op, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -29,6 +30,8 @@ pub struct AttentionArgs<'a> {
     pub q_blnh: &'a Tensor,
     pub k_bmnh: &'a Tensor,
     pub v_bmnh: &'a Tensor,
+    /// How many equal keys and values the last one stands for; 1 where it is one like the others.
+    pub last_stands_for: usize,
 }
 
 pub struct AttentionOut {
@@ -41,7 +44,8 @@ pub struct AttentionOut {
 /// Attention backward.
 pub struct AttentionBackward;
 
-/// The forward's arguments, its two results, and `do_blnh` [b, l, n, h], the gradient of `o`.
+/// The forward's arguments, its two results, and `do_blnh` [b, l, n, h], the gradient of `o`. Gradients of a last key and
+/// value that stand for several are the sums of theirs.
 pub struct AttentionBackwardArgs<'a> {
     pub q_blnh: &'a Tensor,
     pub k_bmnh: &'a Tensor,
@@ -49,6 +53,7 @@ pub struct AttentionBackwardArgs<'a> {
     pub o_blnh: &'a Tensor,
     pub lse_bnl: &'a Tensor,
     pub do_blnh: &'a Tensor,
+    pub last_stands_for: usize,
 }
 
 /// Gradients in the shapes and dtypes of `q`, `k`, `v`.
@@ -64,7 +69,7 @@ impl Op for Attention {
     const NAME: &'static str = "attention";
 
     fn check(a: &AttentionArgs<'_>) -> Result<()> {
-        check_qkv(Self::NAME, a.q_blnh, a.k_bmnh, a.v_bmnh)
+        check_qkv(Self::NAME, a.q_blnh, a.k_bmnh, a.v_bmnh, a.last_stands_for)
     }
 
     fn cost(a: &AttentionArgs<'_>) -> Cost {
@@ -94,7 +99,7 @@ impl Op for AttentionBackward {
     const NAME: &'static str = "attention_backward";
 
     fn check(a: &AttentionBackwardArgs<'_>) -> Result<()> {
-        check_qkv(Self::NAME, a.q_blnh, a.k_bmnh, a.v_bmnh)?;
+        check_qkv(Self::NAME, a.q_blnh, a.k_bmnh, a.v_bmnh, a.last_stands_for)?;
         let q = a.q_blnh.dims();
         gate::float(Self::NAME, "o_blnh", a.o_blnh)?;
         gate::float(Self::NAME, "do_blnh", a.do_blnh)?;
@@ -136,7 +141,7 @@ fn forward(a: &AttentionArgs<'_>, compute: DType, tile_bytes: usize) -> Result<A
         let (mut o_rows, mut lse_rows) = (vec![], vec![]);
         for (row, rows) in group.rows {
             let q_grh = q_glh.narrow(0, group.head, group.heads)?.narrow(1, row, rows)?;
-            let s_grm = scores(&q_grh, &k_gmh, compute)?;
+            let s_grm = scores(&q_grh, &k_gmh, a.last_stands_for, compute)?;
             // The row maximum cancels out of o, so the tape need not follow it.
             let max_gr1 = s_grm.max_keepdim(D::Minus1)?.detach();
             let e_grm = s_grm.broadcast_sub(&max_gr1)?.exp()?;
@@ -171,7 +176,8 @@ fn backward(a: &AttentionBackwardArgs<'_>, compute: DType, tile_bytes: usize) ->
         for &(row, rows) in &group.rows {
             let of_rows = |t: &Tensor| of_group(t)?.narrow(1, row, rows);
             let (q_grh, do_grh) = (of_rows(&q_glh)?, of_rows(&do_glh)?);
-            let p_grm = scores(&q_grh, &k_gmh, compute)?.broadcast_sub(&of_rows(&lse_gl1)?)?.exp()?;
+            let p_grm =
+                scores(&q_grh, &k_gmh, a.last_stands_for, compute)?.broadcast_sub(&of_rows(&lse_gl1)?)?.exp()?;
             let dp_grm = num::matmul(&do_grh, &vt_ghm, compute)?;
             let ds_grm = (dp_grm.broadcast_sub(&of_rows(&delta_gl1)?)? * &p_grm)?;
             dv_gmh = plus(dv_gmh, num::matmul(&p_grm.t()?, &do_grh, compute)?)?;
@@ -189,7 +195,10 @@ fn backward(a: &AttentionBackwardArgs<'_>, compute: DType, tile_bytes: usize) ->
     })
 }
 
-fn check_qkv(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+fn check_qkv(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, last_stands_for: usize) -> Result<()> {
+    if last_stands_for == 0 {
+        return Err(Error::Argument { op, what: "the last key stands for none".to_string() });
+    }
     let [b, _, n, h] = gate::dims::<4>(op, "q_blnh", q, "[b, l, n, h], nothing empty")?;
     let [_, m, _, _] = gate::dims::<4>(op, "k_bmnh", k, "[b, m, n, h], nothing empty")?;
     gate::shape(op, "k_bmnh", k, &[b, m, n, h], "[b, m, n, h]")?;
@@ -208,13 +217,27 @@ fn score_flops(q_blnh: &Tensor, k_bmnh: &Tensor) -> f64 {
     2.0 * q_blnh.elem_count() as f64 * k_bmnh.dims()[1] as f64
 }
 
-/// Scaled scores in fp32. The scale goes onto `q` only where that rounds nothing to 16 bit.
-fn scores(q_grh: &Tensor, k_gmh: &Tensor, compute: DType) -> Result<Tensor> {
+/// Scaled scores in fp32, that of a last key that counts `n` times greater by ln n. The scale goes onto `q` only where that
+/// rounds nothing to 16 bit.
+fn scores(q_grh: &Tensor, k_gmh: &Tensor, last_stands_for: usize, compute: DType) -> Result<Tensor> {
     let scale = scale(q_grh.dim(D::Minus1)?);
-    if compute == DType::F32 {
-        return num::matmul(&(num::f32(q_grh)? * scale)?, &k_gmh.t()?, compute);
+    let s_grm = match compute {
+        DType::F32 => num::matmul(&(num::f32(q_grh)? * scale)?, &k_gmh.t()?, compute)?,
+        _ => (num::matmul(q_grh, &k_gmh.t()?, compute)? * scale)?,
+    };
+    if last_stands_for == 1 {
+        return Ok(s_grm);
     }
-    Ok((num::matmul(q_grh, &k_gmh.t()?, compute)? * scale)?)
+    let mut more = vec![0f32; s_grm.dim(D::Minus1)? - 1];
+    more.push((last_stands_for as f32).ln());
+    let more_m = Tensor::new(more, s_grm.device())?;
+    Ok(s_grm.broadcast_add(&more_m)?)
+}
+
+/// What the kernels add to the last key's score before they scale it.
+#[cfg(feature = "cuda")]
+fn lift(last_stands_for: usize, head: usize) -> f32 {
+    ((last_stands_for as f64).ln() / scale(head)) as f32
 }
 
 /// [b, l, n, h] to [b·n, l, h].

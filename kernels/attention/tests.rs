@@ -21,7 +21,7 @@ fn qkv([b, l, m, n, h]: [usize; 5]) -> Qkv {
 }
 
 fn args(t: &Qkv) -> AttentionArgs<'_> {
-    AttentionArgs { q_blnh: &t.q, k_bmnh: &t.k, v_bmnh: &t.v }
+    AttentionArgs { q_blnh: &t.q, k_bmnh: &t.k, v_bmnh: &t.v, last_stands_for: 1 }
 }
 
 fn backward_args<'a>(t: &'a Qkv, out: &'a AttentionOut) -> AttentionBackwardArgs<'a> {
@@ -32,6 +32,7 @@ fn backward_args<'a>(t: &'a Qkv, out: &'a AttentionOut) -> AttentionBackwardArgs
         o_blnh: &out.o_blnh,
         lse_bnl: &out.lse_bnl,
         do_blnh: &t.do_,
+        last_stands_for: 1,
     }
 }
 
@@ -80,7 +81,7 @@ fn backward_equals_the_tape() {
     for size in SIZES {
         let t = qkv(size);
         let (q, k, v) = (var(&t.q), var(&t.k), var(&t.v));
-        let taped = AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v };
+        let taped = AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v, last_stands_for: 1 };
         let y = Attention::reference(&taped, DType::F32).unwrap().o_blnh;
         let want = tape_grads(&y, &t.do_, &[&q, &k, &v]);
         let out = Exec::cpu().run::<Attention>(&args(&t)).unwrap();
@@ -175,12 +176,42 @@ fn sixteen_bit_is_near_and_keeps_its_dtype() {
     }
 }
 
+/// One key instead of several equal ones: the same result, and gradients that are the sums of theirs.
+#[test]
+fn a_last_key_stands_for_its_copies() {
+    let exec = Exec::cpu();
+    for ([b, l, m, n, h], copies) in [([2, 9, 5, 3, 32], 7), ([1, 40, 2, 2, 64], 511), ([1, 33, 121, 2, 128], 392)] {
+        let t = qkv([b, l, m, n, h]);
+        let repeated = |t: &Tensor| {
+            let last = t.narrow(1, m - 1, 1).unwrap();
+            Tensor::cat(&[vec![t.clone()], vec![last; copies - 1]].concat(), 1).unwrap()
+        };
+        let long = Qkv { q: t.q.clone(), k: repeated(&t.k), v: repeated(&t.v), do_: t.do_.clone() };
+        let want = exec.run::<Attention>(&args(&long)).unwrap();
+        let got = exec.run::<Attention>(&AttentionArgs { last_stands_for: copies, ..args(&t) }).unwrap();
+        assert_close(&got.o_blnh, &want.o_blnh, 2e-6);
+        assert_close(&got.lse_bnl, &want.lse_bnl, 1e-6);
+
+        let want = exec.run::<AttentionBackward>(&backward_args(&long, &want)).unwrap();
+        let args = AttentionBackwardArgs { last_stands_for: copies, ..backward_args(&t, &got) };
+        let got = exec.run::<AttentionBackward>(&args).unwrap();
+        let folded = |t: &Tensor| {
+            let last = t.narrow(1, m - 1, copies).unwrap().sum_keepdim(1).unwrap();
+            Tensor::cat(&[t.narrow(1, 0, m - 1).unwrap(), last], 1).unwrap()
+        };
+        // Most of the probability is on one key, where dP and delta cancel.
+        assert_close(&got.dq_blnh, &want.dq_blnh, 1e-4);
+        assert_close(&got.dk_bmnh, &folded(&want.dk_bmnh), 1e-4);
+        assert_close(&got.dv_bmnh, &folded(&want.dv_bmnh), 1e-5);
+    }
+}
+
 #[test]
 fn the_gate_names_what_is_wrong() {
     let t = qkv([1, 4, 6, 2, 32]);
     let exec = Exec::cpu();
     let refused_args = |q: &Tensor, k: &Tensor, v: &Tensor| {
-        refused(exec.run::<Attention>(&AttentionArgs { q_blnh: q, k_bmnh: k, v_bmnh: v }))
+        refused(exec.run::<Attention>(&AttentionArgs { q_blnh: q, k_bmnh: k, v_bmnh: v, last_stands_for: 1 }))
     };
     let message = refused_args(&t.q, &normal(2, &[1, 6, 3, 32]), &t.v);
     assert!(message.starts_with("attention: k_bmnh has shape [1, 6, 3, 32]"), "{message}");
@@ -196,6 +227,8 @@ fn the_gate_names_what_is_wrong() {
     let wrong_lse = AttentionOut { lse_bnl: out.lse_bnl.transpose(1, 2).unwrap(), ..out };
     let message = refused(exec.run::<AttentionBackward>(&backward_args(&t, &wrong_lse)));
     assert!(message.contains("lse_bnl"), "{message}");
+    let message = refused(exec.run::<Attention>(&AttentionArgs { last_stands_for: 0, ..args(&t) }));
+    assert!(message.contains("the last key stands for none"), "{message}");
 }
 
 #[test]

@@ -132,6 +132,11 @@ pub struct At<'a> {
 pub trait Adapters {
     fn get(&self, site: &str) -> Option<&Adapter>;
 
+    /// Whether dropout draws for every row of an input by itself: rows that are equal then need not stay so.
+    fn draws_by_row(&self) -> bool {
+        false
+    }
+
     /// The dropout of this site in this step, for an input of `batch` x `rows` vectors. Pure within a step.
     fn dropout(&self, _site: &str, _batch: usize, _rows: usize) -> Result<Dropout> {
         Ok(Dropout::default())

@@ -12,7 +12,7 @@ use wan_kernels::gelu::{ActivationArgs, GeluTanh};
 use wan_kernels::norm::NormedGrads;
 use wan_kernels::Exec;
 
-use super::embed::{Modulation, TimeEmbedding};
+use super::embed::{Modulation, Text, TimeEmbedding};
 use super::pieces::{norm_only, ContextWeights};
 use super::probe::Probe;
 use super::saved::{AttnOut, BlockSaved, CrossAttention, FeedForward, Kept, Products, SelfAttention, Stored};
@@ -29,8 +29,7 @@ pub(super) struct Context {
     /// `[l, h/2]`
     pub cos_lk: Tensor,
     pub sin_lk: Tensor,
-    /// Text rows `[b, m, d]`.
-    pub text_bmd: Tensor,
+    pub text: Text,
     /// Image rows `[b, m, d]`.
     pub image_bmd: Option<Tensor>,
 }
@@ -132,7 +131,7 @@ impl Block<'_> {
                     probe.see(&format!("rope_applied_block{i}_q"), &self.rope(q, &sa.norm_q)?)?;
                 }
                 let [q_blnh, k_blnh, v_blnh] = self.rotated(w, [q, k, v])?;
-                let attn = self.attend(&q_blnh, &k_blnh, &v_blnh)?;
+                let attn = self.attend([&q_blnh, &k_blnh, &v_blnh], 1)?;
                 (Some(qkv), attn)
             }
         };
@@ -167,9 +166,10 @@ impl Block<'_> {
         let q = self.linear("cross_attn.q", &cross.q, &h3_bld)?;
         drop(h3_bld);
         let cq_blnh = self.heads(&self.rms(&q.y, &cross.norm_q)?)?;
-        let text = self.key_value(&ContextWeights::text(w), &cq_blnh, &self.cx.text_bmd)?;
+        let Text { rows_bmd, last_stands_for } = &self.cx.text;
+        let text = self.key_value(&ContextWeights::text(w), &cq_blnh, rows_bmd, *last_stands_for)?;
         let image = match (ContextWeights::image(w), &self.cx.image_bmd) {
-            (Some(weights), Some(rows)) => Some(self.key_value(&weights, &cq_blnh, rows)?),
+            (Some(weights), Some(rows)) => Some(self.key_value(&weights, &cq_blnh, rows, 1)?),
             _ => None,
         };
         drop(cq_blnh);
@@ -259,11 +259,11 @@ impl Block<'_> {
         drop((co_bld, dcross_bld, o_h));
         let cq_blnh = self.heads(&self.rms(&cq_bld, &cross.norm_q)?)?;
         let dco_blnh = self.heads(&dco_bld)?;
-        let text_bmd = &self.cx.text_bmd;
-        let mut dcq_blnh =
-            self.key_value_backward(&ContextWeights::text(w), text, &cq_blnh, text_bmd, &dco_blnh, sink)?;
+        let Text { rows_bmd, last_stands_for } = &self.cx.text;
+        let rows = (rows_bmd, *last_stands_for);
+        let mut dcq_blnh = self.key_value_backward(&ContextWeights::text(w), text, &cq_blnh, rows, &dco_blnh, sink)?;
         if let (Some(weights), Some(rows), Some(saved)) = (ContextWeights::image(w), &self.cx.image_bmd, image) {
-            let share = self.key_value_backward(&weights, saved, &cq_blnh, rows, &dco_blnh, sink)?;
+            let share = self.key_value_backward(&weights, saved, &cq_blnh, (rows, 1), &dco_blnh, sink)?;
             dcq_blnh = add(self.exec, &dcq_blnh, &share)?;
         }
         drop((cq_blnh, dco_blnh, dco_bld));
@@ -295,7 +295,7 @@ impl Block<'_> {
             None => branches.forward(&h1_bld)?,
         };
         let rotated = self.rotated(w, [&q_bld, &k_bld, &v_bld])?;
-        let d = self.attend_backward(rotated.each_ref(), &attn, &self.heads(&do_bld)?)?;
+        let d = self.attend_backward(rotated.each_ref(), 1, &attn, &self.heads(&do_bld)?)?;
         drop((rotated, do_bld, attn, v_bld));
         let dq_bld = self.rope_backward(&q_bld, &sa.norm_q, &d.dq_blnh)?;
         let dk_bld = self.rope_backward(&k_bld, &sa.norm_k, &d.dk_bmnh)?;

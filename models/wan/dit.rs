@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use wan_kernels::Exec;
 
 use super::block::{Block, Context};
-use super::embed::{self, TimeEmbedding};
+use super::embed::{self, Text, TimeEmbedding};
 use super::head::Head;
 use super::probe::Probe;
 use super::saved::Stored;
@@ -72,7 +72,7 @@ impl WanModel {
     ) -> Result<Tensor> {
         let mut probe = Probe::new(tap);
         let grid = self.check(inputs)?;
-        let (cx, mut x_bld) = self.embed(exec, inputs, grid, &mut probe)?;
+        let (cx, mut x_bld) = self.embed(exec, inputs, grid, adapters, &mut probe)?;
         for index in 0..self.arch.num_layers {
             let w = blocks.acquire(index, Pass::Forward)?;
             x_bld = self.block(index, exec, &cx, adapters).predict(&w, &x_bld, &mut probe)?;
@@ -91,7 +91,7 @@ impl WanModel {
     ) -> Result<(Tensor, Saved)> {
         let mut probe = Probe::off();
         let grid = self.check(inputs)?;
-        let (cx, mut x_bld) = self.embed(exec, inputs, grid, &mut probe)?;
+        let (cx, mut x_bld) = self.embed(exec, inputs, grid, adapters, &mut probe)?;
         let first = self.first_trained(adapters);
         let mut saved = Vec::with_capacity(self.arch.num_layers - first);
         for index in 0..self.arch.num_layers {
@@ -154,19 +154,27 @@ impl WanModel {
     }
 
     /// Everything before the first block: what all blocks read, and the residual stream.
-    fn embed(&self, exec: &Exec, inputs: &WanInputs, grid: [usize; 3], probe: &mut Probe) -> Result<(Context, Tensor)> {
+    fn embed(
+        &self,
+        exec: &Exec,
+        inputs: &WanInputs,
+        grid: [usize; 3],
+        adapters: &dyn Adapters,
+        probe: &mut Probe,
+    ) -> Result<(Context, Tensor)> {
         let (arch, w) = (&self.arch, &self.weights);
         let stream = self.numerics.residual.dtype(exec.compute());
         let x_bld = embed::patches(exec, arch, w, inputs, stream, probe)?;
         let time = TimeEmbedding::new(&exec.with_compute(DType::F32), arch, w, &inputs.t, probe)?;
-        let text_bmd = embed::text(exec, arch, w, &inputs.context, probe)?;
+        let takes_image = arch.clip.is_some() && inputs.clip_fea.is_none(); // text rows in the image's place
+        let text = embed::text(exec, arch, w, &inputs.context, !adapters.draws_by_row() && !takes_image, probe)?;
         let image_bmd = match (&w.img_emb, &inputs.clip_fea) {
             (Some(img_emb), Some(clip_fea)) => {
                 Some(embed::image(exec, img_emb, clip_fea, inputs.context.len(), probe)?)
             }
             _ => None,
         };
-        let (text_bmd, image_bmd) = self.split_context(text_bmd, image_bmd)?;
+        let (text, image_bmd) = self.split_context(text, image_bmd)?;
         let (cos_lk, sin_lk) = rope::tables(arch.head_dim(), grid, inputs.f_indices.as_deref(), exec.device())?;
         if probe.is_on() {
             let (cos, sin) = rope::position_table(arch.head_dim(), 64, exec.device())?;
@@ -175,25 +183,25 @@ impl WanModel {
             probe.see("rope_cos_per_token", &cos_lk)?;
             probe.see("rope_sin_per_token", &sin_lk)?;
         }
-        Ok((Context { time, cos_lk, sin_lk, text_bmd, image_bmd }, x_bld))
+        Ok((Context { time, cos_lk, sin_lk, text, image_bmd }, x_bld))
     }
 
     /// Which rows go through the text's keys and values, and which through the image's.
-    fn split_context(&self, text_bmd: Tensor, image_bmd: Option<Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+    fn split_context(&self, text: Text, image_bmd: Option<Tensor>) -> Result<(Text, Option<Tensor>)> {
         if !self.numerics.musubi_clip_split || self.arch.clip.is_none() {
-            return Ok((text_bmd, image_bmd));
+            return Ok((text, image_bmd));
         }
         let all_bmd = match &image_bmd {
-            Some(image_bmd) => Tensor::cat(&[image_bmd, &text_bmd], 1)?,
-            None => text_bmd,
+            Some(image_bmd) => Tensor::cat(&[image_bmd, &text.rows_bmd], 1)?,
+            None => text.rows_bmd,
         };
         let rows = all_bmd.dim(1)?;
         if rows <= MUSUBI_IMAGE_ROWS {
             return Err(invalid(format!("{rows} context rows leave no text behind the first {MUSUBI_IMAGE_ROWS}")));
         }
         let image_bmd = all_bmd.narrow(1, 0, MUSUBI_IMAGE_ROWS)?.contiguous()?;
-        let text_bmd = all_bmd.narrow(1, MUSUBI_IMAGE_ROWS, rows - MUSUBI_IMAGE_ROWS)?.contiguous()?;
-        Ok((text_bmd, Some(image_bmd)))
+        let rows_bmd = all_bmd.narrow(1, MUSUBI_IMAGE_ROWS, rows - MUSUBI_IMAGE_ROWS)?.contiguous()?;
+        Ok((Text { rows_bmd, ..text }, Some(image_bmd)))
     }
 
     /// The only gate of the model: shapes that fit each other and the architecture. Returns the patch grid.

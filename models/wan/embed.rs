@@ -174,28 +174,45 @@ fn sinusoid(t: &[f32], freq_dim: usize, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_vec(rows, (t.len(), freq_dim), device)?)
 }
 
+/// Embedded prompts: `[B, m, dim]` in the compute dtype.
+#[derive(Clone)]
+pub(super) struct Text {
+    pub rows_bmd: Tensor,
+    /// How many rows the last one of every prompt stands for.
+    pub last_stands_for: usize,
+}
+
 /// Prompts, padded with zero rows to `text_len` and only then embedded, so that padding is not zero in the model; it is
-/// attended to like text. `[B, text_len, dim]` in the compute dtype.
+/// attended to like text. All rows of padding stay equal through every block, so with `fold` one stands for those behind
+/// the longest prompt: the same sums, with a quarter of the keys for a prompt of usual length.
 pub(super) fn text(
     exec: &Exec,
     arch: &WanArch,
     w: &WanWeights,
     context: &[Tensor],
+    fold: bool,
     probe: &mut Probe,
-) -> Result<Tensor> {
+) -> Result<Text> {
     let compute = exec.compute();
+    let longest = context.iter().map(|sample_ld| sample_ld.dim(0)).try_fold(0, |most, l| l.map(|l| most.max(l)))?;
+    let padded = if fold { arch.text_len.min(longest + 1) } else { arch.text_len };
+    let last_stands_for = arch.text_len - padded + 1;
     let mut samples = Vec::with_capacity(context.len());
     for sample_ld in context {
         let sample_ld = sample_ld.to_device(exec.device())?.to_dtype(compute)?;
         let rows = sample_ld.dim(0)?;
-        samples.push(sample_ld.pad_with_zeros(0, 0, arch.text_len - rows)?);
+        samples.push(sample_ld.pad_with_zeros(0, 0, padded - rows)?);
     }
     let padded_bmd = Tensor::stack(&samples, 0)?;
     let hidden_bmd = w.text_in.forward(exec, &padded_bmd, None, compute)?;
     let hidden_bmd = exec.run::<GeluTanh>(&ActivationArgs { x: &hidden_bmd })?;
-    let text_bmd = w.text_out.forward(exec, &hidden_bmd, None, compute)?;
-    probe.see("text_embedding", &text_bmd)?;
-    Ok(text_bmd)
+    let rows_bmd = w.text_out.forward(exec, &hidden_bmd, None, compute)?;
+    if probe.is_on() {
+        let last = rows_bmd.narrow(1, padded - 1, 1)?;
+        let all = [vec![rows_bmd.clone()], vec![last; last_stands_for - 1]].concat();
+        probe.see("text_embedding", &Tensor::cat(&all, 1)?)?;
+    }
+    Ok(Text { rows_bmd, last_stands_for })
 }
 
 /// CLIP features `[B · images, tokens, clip_dim]` to `[B, images · tokens, dim]` in the compute dtype.

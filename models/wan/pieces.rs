@@ -264,9 +264,11 @@ impl Block<'_> {
         Ok(t.to_dtype(self.numerics.attention.unwrap_or(self.exec.compute()))?)
     }
 
-    pub(super) fn attend(&self, q_blnh: &Tensor, k_bmnh: &Tensor, v_bmnh: &Tensor) -> Result<AttnOut> {
+    /// `last_stands_for`: how many equal keys and values the last one is.
+    pub(super) fn attend(&self, [q_blnh, k_bmnh, v_bmnh]: [&Tensor; 3], last_stands_for: usize) -> Result<AttnOut> {
         let (q, k, v) = (self.rounded(q_blnh)?, self.rounded(k_bmnh)?, self.rounded(v_bmnh)?);
-        let out = self.exec.run::<Attention>(&AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v })?;
+        let args = AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v, last_stands_for };
+        let out = self.exec.run::<Attention>(&args)?;
         Ok(AttnOut { o_blnh: out.o_blnh, lse_bnl: out.lse_bnl })
     }
 
@@ -274,6 +276,7 @@ impl Block<'_> {
     pub(super) fn attend_backward(
         &self,
         [q_blnh, k_bmnh, v_bmnh]: [&Tensor; 3],
+        last_stands_for: usize,
         saved: &AttnOut,
         do_blnh: &Tensor,
     ) -> Result<AttentionGrads> {
@@ -285,6 +288,7 @@ impl Block<'_> {
             o_blnh: &saved.o_blnh,
             lse_bnl: &saved.lse_bnl,
             do_blnh: &self.rounded(do_blnh)?,
+            last_stands_for,
         })?;
         let compute = self.exec.compute();
         Ok(AttentionGrads {
@@ -295,10 +299,17 @@ impl Block<'_> {
     }
 
     /// Keys and values of context rows, and attention of `q` over them.
-    pub(super) fn key_value(&self, w: &ContextWeights, q_blnh: &Tensor, rows_bmd: &Tensor) -> Result<KeyValue> {
+    pub(super) fn key_value(
+        &self,
+        w: &ContextWeights,
+        q_blnh: &Tensor,
+        rows_bmd: &Tensor,
+        last_stands_for: usize,
+    ) -> Result<KeyValue> {
         let k = self.linear(w.k_name, w.k, rows_bmd)?;
         let v = self.linear(w.v_name, w.v, rows_bmd)?;
-        let attn = self.attend(q_blnh, &self.heads(&self.rms(&k.y, w.norm_k)?)?, &self.heads(&v.y)?)?;
+        let k_bmnh = self.heads(&self.rms(&k.y, w.norm_k)?)?;
+        let attn = self.attend([q_blnh, &k_bmnh, &self.heads(&v.y)?], last_stands_for)?;
         Ok(KeyValue { k, v, attn })
     }
 
@@ -308,13 +319,13 @@ impl Block<'_> {
         w: &ContextWeights,
         saved: KeyValue,
         q_blnh: &Tensor,
-        rows_bmd: &Tensor,
+        (rows_bmd, last_stands_for): (&Tensor, usize),
         do_blnh: &Tensor,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
         let KeyValue { k, v, attn } = saved;
         let k_bmnh = self.heads(&self.rms(&k.y, w.norm_k)?)?;
-        let d = self.attend_backward([q_blnh, &k_bmnh, &self.heads(&v.y)?], &attn, do_blnh)?;
+        let d = self.attend_backward([q_blnh, &k_bmnh, &self.heads(&v.y)?], last_stands_for, &attn, do_blnh)?;
         let dv_bmd = d.dv_bmnh.flatten_from(2)?;
         self.site(w.v_name, w.v, rows_bmd)?.backward_params(rows_bmd, v.h.as_ref(), &dv_bmd, sink)?;
         let dk_bmd = self.rms_backward(&k.y, w.norm_k, &d.dk_bmnh.flatten_from(2)?)?;

@@ -37,6 +37,10 @@ impl Adapters for StepAdapters<'_> {
         self.params.get(site)
     }
 
+    fn draws_by_row(&self) -> bool {
+        self.params.spec.dropout.neuron > 0.0
+    }
+
     fn dropout(&self, site: &str, batch: usize, rows: usize) -> Result<Dropout> {
         let spec = &self.params.spec;
         let p = spec.dropout;

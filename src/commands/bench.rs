@@ -413,9 +413,10 @@ pub mod on_card {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// What a step must compute without recomputing: forward, input gradients, attention with its backward.
+    /// What a step must compute without recomputing: forward, input gradients, attention with its backward. One row stands
+    /// for the padding behind the prompt.
     fn useful_tflop(arch: &WanArch, tokens: f64) -> f64 {
-        let text = arch.text_len as f64;
+        let text = arch.text_len.min(TEXT_ROWS + 1) as f64;
         let rows =
             |name: &str| if name.ends_with("cross_attn.k") || name.ends_with("cross_attn.v") { text } else { tokens };
         let linears: f64 = arch

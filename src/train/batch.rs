@@ -105,17 +105,11 @@ impl Assembler<'_> {
         let weight_b = weights.map(|w| Tensor::from_vec(w, timesteps.len(), self.exec.device())).transpose()?;
         let y = self.conditioning(&items, &loaded)?;
         let clip_fea = self.clip(&items, &loaded)?;
-        let context = loaded.iter().map(|item| self.context(&item.context)).collect::<Result<_>>()?;
+        let device = self.exec.device();
+        let context = loaded.iter().map(|item| Ok(item.context.to_device(device)?)).collect::<Result<_>>()?;
         let f_indices = self.positions(&items, &loaded)?;
         let inputs = WanInputs { x, t, context, y, clip_fea, f_indices };
         Ok(Batch { items, latents, noise, timesteps, expert, weight_b, clean_first_frame, inputs })
-    }
-
-    /// A prompt's rows on the computing device. The zero rows that the model wants behind them are added on the host,
-    /// beside the computing.
-    fn context(&self, rows_ld: &Tensor) -> Result<Tensor> {
-        let missing = self.arch.text_len.saturating_sub(rows_ld.dim(0)?);
-        Ok(rows_ld.pad_with_zeros(0, 0, missing)?.to_device(self.exec.device())?)
     }
 
     /// The noise level of each sample, and of two experts the one that computes the batch.

@@ -309,6 +309,9 @@ fn the_price_of_saved_activations_is_what_the_model_keeps() {
                 let plan = &order::epoch(&bench.items.buckets, 5, 0, 0)[0];
                 let mut inputs = assembler.assemble(plan, 0).unwrap().inputs;
                 inputs.clip_fea = arch.clip.map(|_| super::support::normal(7, &[batch, 4, 10], compute));
+                // Prompts as long as they may be: the plan does not know of shorter ones.
+                let text = super::support::normal(8, &[arch.text_len, arch.text_dim], compute);
+                inputs.context = vec![text; batch];
                 let trainer = bench.trainer(settings.clone());
                 let job = Job {
                     sites: arch.sites(),

@@ -99,6 +99,10 @@ impl Adapters for WithDropout {
         self.0.get(site)
     }
 
+    fn draws_by_row(&self) -> bool {
+        true
+    }
+
     fn dropout(&self, site: &str, batch: usize, rows: usize) -> Result<Dropout> {
         let item = site.bytes().fold(7u32, |h, b| h.wrapping_mul(31).wrapping_add(u32::from(b)));
         let mask = |salt: u32, shape: &[usize]| -> Result<Tensor> {
@@ -190,6 +194,48 @@ fn gradients_under_dropout_equal_the_tapes() {
         let (taped, vars) = on_tape(&adapters);
         let t = Timesteps::PerSample(vec![812.5, 33.0]);
         check_against_tape(&format!("{kind:?}"), &arch, t, &WithDropout(adapters), &WithDropout(taped), &vars);
+    }
+}
+
+/// Equal rows of a prompt's padding taken one by one, as under dropout.
+struct RowByRow<'a>(&'a BTreeMap<String, Adapter>);
+
+impl Adapters for RowByRow<'_> {
+    fn get(&self, site: &str) -> Option<&Adapter> {
+        self.0.get(site)
+    }
+
+    fn draws_by_row(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn one_row_stands_for_the_padding() {
+    for (clip, in_dim) in [(None, 4), (Some(ClipArch { dim: 5, tokens: 11, images: 1 }), 9)] {
+        let arch = WanArch { text_len: 40, ..arch(clip, in_dim) };
+        let (model, blocks) = model(&arch, &random_weights(&arch, 5).unwrap(), Numerics::default());
+        let exec = Exec::cpu();
+        let plan = SavePlan::uniform(SavePolicy::KeepAll);
+        // Prompts of 1 and 5 rows, then one that leaves a single row of padding, and one that leaves none.
+        for rows in [[1, 5], [1, 39], [40, 2]] {
+            let context = (0..2).map(|i| normal(30 + i, &[rows[i as usize], arch.text_dim])).collect();
+            let inputs = WanInputs { context, ..inputs(&arch, Timesteps::PerSample(vec![812.5, 33.0])) };
+            let target = normal(4, inputs.x.dims());
+            for kind in KINDS {
+                let adapters = adapters(&arch, AdapterSpec { kind, rank: 3, alpha: 2.0 }, |_| true);
+                let (pred, _, grads) = step(&exec, &model, &blocks, &adapters, &inputs, &target, &plan);
+                let (want, _, all) = step(&exec, &model, &blocks, &RowByRow(&adapters), &inputs, &target, &plan);
+                assert!(max_abs(&pred, &want) <= 1e-5 * max_of(&want), "{kind:?}, {rows:?}");
+                assert_eq!(grads.0.len(), all.0.len());
+                for (key, want) in &all.0 {
+                    let (diff, max) = (max_abs(&grads.0[key], want), max_of(want));
+                    assert!(diff <= 2e-5 * max, "{kind:?}, {rows:?}: gradient of {key} is off by {diff:e} of {max:e}");
+                }
+                let folds = rows.iter().max() < Some(&39);
+                assert_eq!(max_abs(&pred, &want) > 0.0, folds, "{kind:?}, {rows:?}: rounding tells the ways apart");
+            }
+        }
     }
 }
 
