@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs};
+use crate::fast_attention::FastAttention;
 use crate::gate_residual::{GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs};
 use crate::gate_residual::{Residual, ResidualArgs};
 use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
@@ -84,6 +85,9 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
             let case = case(&format!(", {m} keys{what}"));
             let args = AttentionArgs { q_blnh, k_bmnh, v_bmnh, last_stands_for };
             rows.push(time::<Attention>(exec, gpu, case.clone(), &args, runs)?);
+            if m == l && *card != Sm80 {
+                rows.push(time::<FastAttention>(exec, gpu, case.clone(), &args, runs)?);
+            }
             let o = exec.run::<Attention>(&args)?;
             let (o_blnh, lse_bnl, do_blnh) = (&o.o_blnh, &o.lse_bnl, &d_o);
             let args = AttentionBackwardArgs { q_blnh, k_bmnh, v_bmnh, o_blnh, lse_bnl, do_blnh, last_stands_for };

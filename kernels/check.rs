@@ -6,7 +6,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs};
+use crate::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionOut};
+use crate::fast_attention::FastAttention;
 use crate::flow::{FlowLoss, FlowLossArgs, FlowLossBackward, FlowLossBackwardArgs, FlowMix, FlowMixArgs};
 use crate::gate_residual::{
     GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
@@ -112,12 +113,14 @@ pub fn all(gpu: &Gpu, only: Option<&str>) -> Result<Vec<Row>> {
             "elementwise" => elementwise(&mut c)?,
             "linears" => linears(&mut c)?,
             "attention" => attention(&mut c, "attention")?,
+            "fast_attention" => fast_attention(&mut c, "fast_attention")?,
             // Elsewhere than on Hopper these kernels are the ones of the group before.
             "portable" if gpu.hopper() => {
                 for (card, what) in [(Sm80, "attention, mma.sync"), (Sm86, "attention, mma.sync in 99 KB")] {
                     gpu.use_kernels_of(card);
                     attention(&mut c, what)?;
                 }
+                fast_attention(&mut c, "fast_attention, mma.sync")?;
                 caching::convolutions(&mut c, "causal_conv3d in 99 KB")?;
                 gpu.use_kernels_of(ThisCard);
             }
@@ -250,6 +253,36 @@ fn attention(c: &mut Checker<'_>, op: &str) -> Result<()> {
             let same = values(&again.dq_blnh)? == values(&d.dq_blnh)?;
             let same = Tensor::full(if same { 1f32 } else { 0.0 }, 1, &Device::Cpu)?;
             Ok(vec![o.o_blnh, o.lse_bnl, d.dq_blnh, d.dk_bmnh, d.dv_bmnh, same])
+        })?;
+    }
+    Ok(())
+}
+
+/// Against attention in full; the definition in 8 bits is the naive answer. Twice on the card: the same bits.
+fn fast_attention(c: &mut Checker<'_>, op: &str) -> Result<()> {
+    // Scores spread by 1 and by 3. One tile, ends inside and at the end of a tile, an odd number of tiles, many.
+    let shapes = [
+        (1, 97, 97, 9, 128, 1.0),
+        (2, 130, 256, 3, 128, 3.0),
+        (1, 1025, 513, 2, 128, 1.0),
+        (2, 129, 769, 3, 128, 3.0),
+        (1, 64, 2100, 2, 128, 1.0),
+        (1, 1, 1, 3, 128, 1.0),
+        (1, 50, 512, 3, 64, 1.0),
+    ];
+    for (b, l, m, n, h, spread) in shapes {
+        c.run(op, &format!("[{b}, {l}, {n}, {h}] x {m}, spread by {spread}"), HALVES, &|p| {
+            let q = (p.normal(1, &[b, l, n, h])? * spread)?;
+            let (k, v) = (p.normal(2, &[b, m, n, h])?, p.normal(3, &[b, m, n, h])?);
+            let args = AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v, last_stands_for: 1 };
+            if p.held == DType::F32 {
+                let o = p.exec.run::<Attention>(&args)?;
+                return Ok(vec![o.o_blnh, o.lse_bnl, Tensor::ones(1, DType::F32, &Device::Cpu)?]);
+            }
+            let (o, again) = (p.exec.run::<FastAttention>(&args)?, p.exec.run::<FastAttention>(&args)?);
+            let bits = |o: &AttentionOut| -> Result<_> { Ok((values(&o.o_blnh)?, values(&o.lse_bnl)?)) };
+            let same = if bits(&o)? == bits(&again)? { 1f32 } else { 0.0 };
+            Ok(vec![o.o_blnh, o.lse_bnl, Tensor::full(same, 1, &Device::Cpu)?])
         })?;
     }
     Ok(())

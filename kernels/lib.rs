@@ -19,6 +19,7 @@ pub mod conv3d;
 pub mod dense_attention;
 mod driver;
 pub mod error;
+pub mod fast_attention;
 pub mod flow;
 pub mod fp8;
 pub mod gate_residual;
@@ -38,8 +39,18 @@ mod common;
 mod gate;
 mod num;
 /// The parts of the check of all kernels (`check::all`), for tools that take long over each kernel, as a race checker does.
-pub const CHECK_GROUPS: &[&str] =
-    &["norms", "elementwise", "linears", "attention", "portable", "flow", "caching", "exact", "optimizers"];
+pub const CHECK_GROUPS: &[&str] = &[
+    "norms",
+    "elementwise",
+    "linears",
+    "attention",
+    "fast_attention",
+    "portable",
+    "flow",
+    "caching",
+    "exact",
+    "optimizers",
+];
 
 #[cfg(test)]
 mod testing;

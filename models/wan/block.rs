@@ -131,7 +131,7 @@ impl Block<'_> {
                     probe.see(&format!("rope_applied_block{i}_q"), &self.rope(q, &sa.norm_q)?)?;
                 }
                 let [q_blnh, k_blnh, v_blnh] = self.rotated(w, [q, k, v])?;
-                let attn = self.attend([&q_blnh, &k_blnh, &v_blnh], 1)?;
+                let attn = self.attend_to_tokens([&q_blnh, &k_blnh, &v_blnh])?;
                 (Some(qkv), attn)
             }
         };

@@ -103,6 +103,8 @@ pub struct Numerics {
     /// Round queries, keys, values and the output of attention to this dtype, whatever the executor computes in
     /// (both the official code and the old tool round to bf16, also in fp32 models).
     pub attention: Option<DType>,
+    /// Multiply in 8 bits in forward's self-attention (`--fast_attention`).
+    pub fast_attention: bool,
     /// Always treat the first 257 context rows as the image's (the old tool): wrong for two images, and for Fun
     /// Control without CLIP features, where 257 text rows go through the image keys and values.
     pub musubi_clip_split: bool,
@@ -127,7 +129,14 @@ impl Width {
 impl Default for Numerics {
     /// As the official code: fp32 residual stream, norms and head.
     fn default() -> Self {
-        Self { residual: Width::Full, round_norms: false, head: Width::Full, attention: None, musubi_clip_split: false }
+        Self {
+            residual: Width::Full,
+            round_norms: false,
+            head: Width::Full,
+            attention: None,
+            fast_attention: false,
+            musubi_clip_split: false,
+        }
     }
 }
 
@@ -139,6 +148,7 @@ impl Numerics {
             round_norms: true,
             head: Width::Compute,
             attention: None,
+            fast_attention: false,
             musubi_clip_split: true,
         }
     }

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use wan_kernels::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionGrads};
+use wan_kernels::fast_attention::FastAttention;
 use wan_kernels::gate_residual::{
     GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
 };
@@ -269,6 +270,17 @@ impl Block<'_> {
         let (q, k, v) = (self.rounded(q_blnh)?, self.rounded(k_bmnh)?, self.rounded(v_bmnh)?);
         let args = AttentionArgs { q_blnh: &q, k_bmnh: &k, v_bmnh: &v, last_stands_for };
         let out = self.exec.run::<Attention>(&args)?;
+        Ok(AttnOut { o_blnh: out.o_blnh, lse_bnl: out.lse_bnl })
+    }
+
+    /// The same among a model's own tokens, in 8 bits where that is wanted.
+    pub(super) fn attend_to_tokens(&self, qkv_blnh: [&Tensor; 3]) -> Result<AttnOut> {
+        if !self.numerics.fast_attention {
+            return self.attend(qkv_blnh, 1);
+        }
+        let [q, k, v] = qkv_blnh.map(|t_blnh| self.rounded(t_blnh));
+        let args = AttentionArgs { q_blnh: &q?, k_bmnh: &k?, v_bmnh: &v?, last_stands_for: 1 };
+        let out = self.exec.run::<FastAttention>(&args)?;
         Ok(AttnOut { o_blnh: out.o_blnh, lse_bnl: out.lse_bnl })
     }
 

@@ -76,7 +76,7 @@ pub mod on_card {
     use wan_kernels::{bench, check, Exec};
     use wan_models::arch::WanArch;
     use wan_models::linear::Products;
-    use wan_models::wan::{BlockWeights, Numerics, SavePlan, WanModel, WanWeights};
+    use wan_models::wan::{BlockWeights, SavePlan, WanModel, WanWeights};
 
     use crate::adapter::select;
     use crate::cache::index::{Bucket, BucketKey, ItemTensors};
@@ -312,9 +312,8 @@ pub mod on_card {
     ) -> anyhow::Result<(Clock<'a>, Instant)> {
         let arch = &job.model.arch;
         let [w, h, f] = super::pixels(&options.case)?;
-        let numerics = if job.config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
         let explain = |e| explain(exec, &planned.memory, e);
-        let model = WanModel::new(arch.clone(), rest, numerics).map_err(|e| explain(e.into()))?;
+        let model = WanModel::new(arch.clone(), rest, job.config.numerics()).map_err(|e| explain(e.into()))?;
         let (residency, note) = Residency::on(exec, blocks, residency(planned)).map_err(explain)?;
         note.iter().for_each(|note| eprintln!("note: {note}"));
         let save_plan = SavePlan::per_block(planned.arrangement.saving.clone());
@@ -379,6 +378,7 @@ pub mod on_card {
         use wan_models::wan::SavePolicy::{KeepAll, KeepAttention, Recompute};
         let row = json!({
             "case": options.case, "card": gpu.card().name, "precision": job.config.mixed_precision, "fp8_fast": job.config.fp8_fast, "int8_fast": job.config.int8_fast,
+            "fast_attention": job.config.fast_attention,
             "portable": options.portable, "rank": job.config.network_dim, "blocks_to_swap": planned.arrangement.blocks_to_swap,
             "vram_budget_gib": job.config.vram_budget,
             "kept": {"all": saving(KeepAll), "attention": saving(KeepAttention), "recompute": saving(Recompute)},

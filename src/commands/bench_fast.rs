@@ -1,4 +1,4 @@
-//! `wan-train bench fast`: how far 8-bit products and weights depart from 16 bit, on one item and random weights of the
+//! `wan-train bench fast`: how far 8-bit products, weights and attention depart from 16 bit, on one item and random weights of the
 //! real sizes: loss, the adapter's gradients as a whole, by kind of linear and by block.
 
 use std::collections::BTreeMap;
@@ -20,13 +20,15 @@ use crate::adapter::{select, AdapterParams, Grads};
 use crate::cli::BenchOptions;
 use crate::residency::Residency;
 
-/// How weights are held and multiplied with: name, stored in fp8, products.
-type Form = (&'static str, bool, Products);
+/// How weights are held and multiplied with: name, stored in fp8, products; and whether attention is fast.
+type Form = (&'static str, bool, Products, bool);
 
-const FULL: Form = ("16 bit", false, Products::Full);
-const FP8: Form = ("fp8", true, Products::Full);
-const FP8_FAST: Form = ("fp8_fast", true, Products::Fp8);
-const INT8_FAST: Form = ("int8_fast", false, Products::Int8);
+const FULL: Form = ("16 bit", false, Products::Full, false);
+const FP8: Form = ("fp8", true, Products::Full, false);
+const FP8_FAST: Form = ("fp8_fast", true, Products::Fp8, false);
+const INT8_FAST: Form = ("int8_fast", false, Products::Int8, false);
+const FAST_ATTENTION: Form = ("fast_attention", false, Products::Full, true);
+const BOTH: Form = ("fp8_fast and fast_attention", true, Products::Fp8, true);
 
 struct Step {
     loss: f32,
@@ -55,12 +57,12 @@ pub fn run(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow:
         Philox::new(4, 0, 0, 0).fill_normal(&mut noise);
         all.iter_mut().zip(noise).for_each(|(value, noise)| *value += 2e-3 * noise);
     })?;
-    let step = |(_, fp8, products): Form| -> anyhow::Result<Step> {
+    let step = |(_, fp8, products, fast_attention): Form| -> anyhow::Result<Step> {
         device.set_seed(7)?;
         let spec = residency(&planned);
         let streamed = spec.streamed(arch.num_layers);
         let (rest, blocks) = synthetic::on_card(exec, arch, &streamed, (fp8, products))?;
-        let model = WanModel::new(arch.clone(), rest, Numerics::default())?;
+        let model = WanModel::new(arch.clone(), rest, Numerics { fast_attention, ..Numerics::default() })?;
         let (residency, _) = Residency::on(exec, blocks, spec)?;
         let plan = SavePlan::per_block(planned.arrangement.saving.clone());
         let (pred, saved) = model.forward(exec, &inputs, &params, &residency, &plan)?;
@@ -110,6 +112,7 @@ pub fn run(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow:
     };
 
     let full = step(FULL)?;
+    compare(FAST_ATTENTION, &step(FAST_ATTENTION)?, FULL, &full);
     let int8 = step(INT8_FAST)?;
     compare(INT8_FAST, &int8, FULL, &full);
     let fp8 = step(FP8)?;
@@ -119,6 +122,7 @@ pub fn run(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow:
             let fast = step(FP8_FAST)?;
             compare(FP8_FAST, &fast, FULL, &full);
             compare(FP8_FAST, &fast, FP8, &fp8);
+            compare(BOTH, &step(BOTH)?, FULL, &full);
         }
         false => eprintln!("note: {} has no fp8 tensor cores: --fp8_fast is left out", gpu.card().name),
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use wan_models::wan::{Numerics, WanModel};
+use wan_models::wan::WanModel;
 
 use super::cache::Prepared;
 use super::job::Job;
@@ -96,7 +96,7 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let explain = |e| plan.explain(&exec, e);
     let previews = preview::prepare(job, &config, &settings, &exec, prompts).map_err(explain)?;
     let streamed = plan.residency().streamed(job.model.arch.num_layers);
-    let numerics = if config.musubi_compat { Numerics::musubi() } else { Numerics::default() };
+    let numerics = config.numerics();
     let (mut loaded, mut keeping) = (Vec::with_capacity(dits.len()), Vec::new());
     for of in dits.iter().zip(&sources) {
         let weights = weights::load(job, &config, of, exec.device(), &streamed).map_err(explain)?;

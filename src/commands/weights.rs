@@ -39,29 +39,31 @@ pub fn open_dit(job: &Job, dit: &Dit) -> anyhow::Result<Source> {
     Ok(source)
 }
 
-/// Refuses `--fp8_fast` and `--int8_fast` on a card that has no tensor cores for them.
+/// Refuses `--fp8_fast`, `--int8_fast` and `--fast_attention` on a card that has no tensor cores for them.
 pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
-    let products = config.products();
     #[cfg(feature = "cuda")]
     if let Exec::Cuda { gpu, .. } = exec {
         let card = gpu.card();
-        if let Some(needs) = lacking(products, card.capability) {
+        if let Some(needs) = lacking(config, card.capability) {
             let (major, minor) = card.capability;
             return Err(UserError::usage(format!("{needs}; {} is sm_{major}{minor}", card.name))
                 .hint("leave it out: fp8 weights without it work on every card")
                 .into());
         }
     }
-    let _ = (products, exec);
+    let _ = (config, exec);
     Ok(())
 }
 
 /// What 8-bit products need that a card of this compute capability does not have.
 #[cfg(any(feature = "cuda", test))]
-fn lacking(products: Products, capability: (i32, i32)) -> Option<&'static str> {
-    match products {
+fn lacking(config: &RunConfig, capability: (i32, i32)) -> Option<&'static str> {
+    match config.products() {
         Products::Fp8 if capability < (8, 9) => Some("--fp8_fast needs fp8 tensor cores (sm_89 or later)"),
         Products::Int8 if capability < (8, 0) => Some("--int8_fast needs tensor cores of sm_80 or later"),
+        _ if config.fast_attention && capability < (8, 0) => {
+            Some("--fast_attention needs tensor cores of sm_80 or later")
+        }
         _ => None,
     }
 }
@@ -247,9 +249,15 @@ mod tests {
         assert_eq!(of(false, false), Products::Full);
         assert_eq!(of(true, false), Products::Fp8);
         assert_eq!(of(false, true), Products::Int8);
-        assert!(lacking(Products::Int8, (7, 5)).unwrap().contains("sm_80"));
-        assert!(lacking(Products::Fp8, (8, 6)).unwrap().contains("sm_89"));
-        assert_eq!(lacking(Products::Int8, (8, 6)), None);
-        assert_eq!(lacking(Products::Full, (7, 5)), None);
+        let full = RunConfig::default();
+        let fp8 = RunConfig { fp8_fast: true, ..full.clone() };
+        let int8 = RunConfig { int8_fast: true, ..full.clone() };
+        let attention = RunConfig { fast_attention: true, ..full.clone() };
+        assert!(lacking(&int8, (7, 5)).unwrap().contains("--int8_fast needs tensor cores of sm_80"));
+        assert!(lacking(&attention, (7, 5)).unwrap().contains("--fast_attention needs tensor cores of sm_80"));
+        assert!(lacking(&fp8, (8, 6)).unwrap().contains("sm_89"));
+        assert_eq!(lacking(&int8, (8, 6)), None);
+        assert_eq!(lacking(&attention, (8, 6)), None);
+        assert_eq!(lacking(&full, (7, 5)), None);
     }
 }

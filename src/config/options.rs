@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use wan_models::linear::Products;
+use wan_models::wan::Numerics;
 
 use crate::loader::Reading;
 
@@ -225,6 +226,7 @@ options! {
         training_comment: Option<String> = None; "Comment stored in the LoRA's metadata"
     }
     "Memory" {
+        fast_attention: bool = false; "Self-attention of forward in 8 bits: scores on int8 tensor cores (RTX 30 series and later), on Hopper values in fp8 too: faster, less exact"
         fp8_base: bool = false; "Hold the block weights in fp8 (block-scaled; with --musubi_compat the unscaled cast of everything)"
         fp8_fast: bool = false; "Multiply with fp8 weights on 8-bit tensor cores (RTX 40 series, Hopper): faster, less exact"
         fp8_scaled: bool = false; "Hold the block weights in block-scaled fp8"
@@ -284,6 +286,12 @@ impl RunConfig {
         } else {
             Reading::Mapped
         }
+    }
+
+    /// How the DiT computes.
+    pub fn numerics(&self) -> Numerics {
+        let numerics = if self.musubi_compat { Numerics::musubi() } else { Numerics::default() };
+        Numerics { fast_attention: self.fast_attention, ..numerics }
     }
 
     /// What the linears of the blocks are multiplied on. Both 8-bit ways at once are refused while resolving.

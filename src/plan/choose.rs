@@ -72,18 +72,23 @@ pub fn predict(job: &Job, rates: &Rates, arrangement: &Arrangement) -> f64 {
     extra.step() + extra.seconds(arrangement)
 }
 
-/// What 8-bit products would make of a run that does without, on a card of these rates: a line each.
+/// What 8-bit products and 8-bit attention would make of a run that does without, on a card of these rates: a line each.
 pub fn offers(job: &Job, plan: &Plan, wishes: Wishes, rates: &Rates) -> Vec<String> {
-    if job.target == Target::Cpu || job.products != Products::Full {
+    if job.target == Target::Cpu {
         return Vec::new();
     }
-    let ways = [
-        ("--fp8_fast", Products::Fp8, WeightForm::Fp8Rows { scale_bytes: 2 }),
-        ("--int8_fast", Products::Int8, WeightForm::Int8 { otherwise: 2 }),
-    ];
-    let line = |(name, products, weights)| {
-        rates.products(products)?;
-        let other = choose(&Job { products, weights, ..job.clone() }, plan.budget, wishes, rates).ok()?;
+    let linears = |products, weights| Job { products, weights, ..job.clone() };
+    let mut ways = Vec::new();
+    if job.products == Products::Full {
+        ways.push(("--fp8_fast", linears(Products::Fp8, WeightForm::Fp8Rows { scale_bytes: 2 })));
+        ways.push(("--int8_fast", linears(Products::Int8, WeightForm::Int8 { otherwise: 2 })));
+    }
+    if !job.fast_attention {
+        ways.push(("--fast_attention", Job { fast_attention: true, ..job.clone() }));
+    }
+    let line = |(name, other): (&str, Job)| {
+        rates.products(other.products)?;
+        let other = choose(&other, plan.budget, wishes, rates).ok()?;
         let (now, then) = (plan.step_seconds, other.step_seconds);
         let less = 100.0 * (1.0 - then / now);
         (less >= 1.0).then(|| format!("{name}: about {less:.0} % less time a step ({now:.2} s now, {then:.2} s then)"))
@@ -192,7 +197,7 @@ impl Extra {
         // Backward does not read the last product's output.
         let needed: f64 = sites.iter().filter(|s| !s.name.ends_with("ffn.2")).map(size).sum();
         let products = 4.0 * l * per_sample * job.arch.dim as f64;
-        let attention = products / rates.attention;
+        let attention = products / if job.fast_attention { rates.fast_attention } else { rates.attention };
         let policies = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
         Self {
             layers: job.arch.num_layers as f64,

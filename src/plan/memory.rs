@@ -63,6 +63,8 @@ pub struct Job {
     pub weights: WeightForm,
     /// What the linears of the blocks are multiplied on: a matter of time alone.
     pub products: Products,
+    /// Self-attention of forward in 8 bits.
+    pub fast_attention: bool,
     /// Bytes of an element outside the blocks' matrices (embeddings, head, norms, biases).
     pub rest_bytes: u64,
     /// Bytes of the compute dtype.
@@ -310,11 +312,12 @@ impl Job {
 
     /// The most that a preview takes beside what stays between steps. Alive at the two widest moments of a forward pass (in
     /// `L` rows): three streams, ffn.0, GELU, ffn.2; or three streams, q, k, v, two of them rotated, attention's and o, which
-    /// is more than cross-attention's part.
+    /// is more than cross-attention's part. Fast attention has codes of q, k and v in addition.
     pub fn preview_bytes(&self) -> u64 {
         let (d, f, n) = (self.arch.dim as u64, self.arch.ffn_dim as u64, self.arch.num_heads as u64);
         let (c, s) = (self.compute_bytes, self.stream_bytes);
-        let widest = (2 * f * c + d * c).max(7 * d * c + 4 * n) + 3 * d * s;
+        let codes = if self.fast_attention { 3 * d + 4 * n } else { 0 };
+        let widest = (2 * f * c + d * c).max(7 * d * c + 4 * n + codes) + 3 * d * s;
         self.tokens() * widest + self.low_rank_elements() * c + self.scratch_bytes() + self.batch_bytes()
     }
 
@@ -475,6 +478,7 @@ impl Job {
             target: run.target,
             weights,
             products,
+            fast_attention: c.fast_attention,
             rest_bytes: if cast { 1 } else { run.checkpoint_bytes },
             compute_bytes,
             stream_bytes: if c.musubi_compat { compute_bytes } else { 4 },

@@ -162,6 +162,7 @@ const NOTED: &[&str] = &[
     "fp8_scaled",
     "fp8_fast",
     "int8_fast",
+    "fast_attention",
     "base_weights",
     "base_weights_high_noise",
     "base_weights_multiplier",

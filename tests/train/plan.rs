@@ -24,6 +24,7 @@ fn v21(target: Target) -> Job {
         target,
         weights: WeightForm::Fp8Scaled { scale_bytes: 2 },
         products: Products::Full,
+        fast_attention: false,
         rest_bytes: 2,
         compute_bytes: 2,
         stream_bytes: 4,
@@ -58,6 +59,7 @@ fn tiny() -> Job {
         target: Target::Cpu,
         weights: WeightForm::Dense(4),
         products: Products::Full,
+        fast_attention: false,
         rest_bytes: 4,
         compute_bytes: 4,
         stream_bytes: 4,
@@ -358,7 +360,8 @@ fn recorded_peaks_are_within_five_percent_of_the_plan() {
             (_, Some(true)) => (Products::Int8, WeightForm::Int8 { otherwise: 2 }),
             _ => (Products::Full, WeightForm::Fp8Scaled { scale_bytes: 2 }),
         };
-        let job = Job { latent, moments: Moments::F32, products, weights, ..v21(Target::Cuda) };
+        let fast_attention = row["fast_attention"].as_bool().unwrap_or(false);
+        let job = Job { latent, moments: Moments::F32, products, weights, fast_attention, ..v21(Target::Cuda) };
         let count = |of: &serde_json::Value| of.as_u64().unwrap();
         let (all, attention) = (count(&row["kept"]["all"]), count(&row["kept"]["attention"]));
         let (recompute, away) = (count(&row["kept"]["recompute"]), count(&row["host_saved"]));
@@ -393,12 +396,20 @@ fn eight_bit_products_are_offered_where_they_gain() {
     let plan = choose(&job, budget, Wishes::default(), &Rates::default()).unwrap();
     let lines = offers(&job, &plan, Wishes::default(), &Rates::default());
     // A usual card of 24 GB has no fp8 tensor cores.
-    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(lines[0].starts_with("--int8_fast: about "), "{lines:?}");
+    assert!(lines[1].starts_with("--fast_attention: about "), "{lines:?}");
+    let fast = Job { fast_attention: true, ..job.clone() };
+    let plan_of_fast = choose(&fast, budget, Wishes::default(), &Rates::default()).unwrap();
+    assert!(plan_of_fast.step_seconds < plan.step_seconds);
+    assert!(!offers(&fast, &plan_of_fast, Wishes::default(), &Rates::default())[0].contains("attention"));
     let int8 = Job { products: Products::Int8, weights: WeightForm::Int8 { otherwise: 2 }, ..job.clone() };
     let faster = choose(&int8, budget, Wishes::default(), &Rates::default()).unwrap();
     assert!(faster.step_seconds < 0.8 * plan.step_seconds, "{} and {}", faster.step_seconds, plan.step_seconds);
     assert!(int8.block_linear_bytes() < job.block_linear_bytes());
-    assert!(offers(&int8, &faster, Wishes::default(), &Rates::default()).is_empty());
+    let left = offers(&int8, &faster, Wishes::default(), &Rates::default());
+    assert!(left.len() == 1 && left[0].starts_with("--fast_attention"), "{left:?}");
+    let both = Job { fast_attention: true, ..int8 };
+    assert!(offers(&both, &faster, Wishes::default(), &Rates::default()).is_empty());
     assert!(offers(&tiny(), &plan, Wishes::default(), &Rates::default()).is_empty());
 }
