@@ -95,6 +95,12 @@ fn what_is_no_number_is_seen_in_the_result() {
 }
 
 #[test]
+fn it_is_worth_it_for_many_tokens() {
+    assert!(!pays(&Exec::cpu(), 1024) && pays(&Exec::cpu(), 2048));
+    assert!(FROM_TOKENS[0] > FROM_TOKENS[1]);
+}
+
+#[test]
 fn a_last_key_that_stands_for_several_is_refused() {
     let x = normal(1, &[1, 4, 1, 128]);
     let args = AttentionArgs { q_blnh: &x, k_bmnh: &x, v_bmnh: &x, last_stands_for: 3 };

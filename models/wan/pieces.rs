@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use wan_kernels::attention::{Attention, AttentionArgs, AttentionBackward, AttentionBackwardArgs, AttentionGrads};
-use wan_kernels::fast_attention::FastAttention;
+use wan_kernels::fast_attention::{self, FastAttention};
 use wan_kernels::gate_residual::{
     GateResidual, GateResidualArgs, GateResidualBackward, GateResidualBackwardArgs, Residual, ResidualArgs,
 };
@@ -273,9 +273,9 @@ impl Block<'_> {
         Ok(AttnOut { o_blnh: out.o_blnh, lse_bnl: out.lse_bnl })
     }
 
-    /// The same among a model's own tokens, in 8 bits where that is wanted.
+    /// The same among a model's own tokens, in 8 bits where that is wanted and pays.
     pub(super) fn attend_to_tokens(&self, qkv_blnh: [&Tensor; 3]) -> Result<AttnOut> {
-        if !self.numerics.fast_attention {
+        if !self.numerics.fast_attention || !fast_attention::pays(self.exec, qkv_blnh[0].dim(1)?) {
             return self.attend(qkv_blnh, 1);
         }
         let [q, k, v] = qkv_blnh.map(|t_blnh| self.rounded(t_blnh));

@@ -1,6 +1,7 @@
 //! What a card can do, from `configs/cards.toml`: rates by which arrangements are compared.
 
 use serde::Deserialize;
+use wan_kernels::fast_attention;
 use wan_models::linear::Products;
 
 use crate::config::registry;
@@ -42,6 +43,8 @@ pub struct Rates {
     pub attention: f64,
     /// Of forward with 8-bit codes, roundings included.
     pub fast_attention: f64,
+    /// Tokens of a sample from which on it is used.
+    pub fast_attention_from: usize,
     pub attention_backward: f64,
     /// Bytes/s of single passes over the card's memory.
     pub memory: f64,
@@ -82,6 +85,7 @@ impl Card {
             int8_linears: 0.55 * self.int8_tflops * 1e12,
             attention: forward * peak,
             fast_attention: 1.27 * forward * peak,
+            fast_attention_from: fast_attention::FROM_TOKENS[usize::from(self.capability[0] < 9)],
             attention_backward: backward * peak,
             memory: 0.85 * self.memory_gb_s * 1e9,
             bus: self.bus_gb_s * 1e9,
@@ -112,6 +116,7 @@ impl Default for Rates {
                 int8_linears: 156e12,
                 attention: 43e12,
                 fast_attention: 55e12,
+                fast_attention_from: fast_attention::FROM_TOKENS[1],
                 attention_backward: 35e12,
                 memory: 800e9,
                 bus: 25e9,

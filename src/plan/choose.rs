@@ -197,7 +197,8 @@ impl Extra {
         // Backward does not read the last product's output.
         let needed: f64 = sites.iter().filter(|s| !s.name.ends_with("ffn.2")).map(size).sum();
         let products = 4.0 * l * per_sample * job.arch.dim as f64;
-        let attention = products / if job.fast_attention { rates.fast_attention } else { rates.attention };
+        let fast = job.fast_attention && per_sample >= rates.fast_attention_from as f64;
+        let attention = products / if fast { rates.fast_attention } else { rates.attention };
         let policies = [SavePolicy::Recompute, SavePolicy::KeepAttention, SavePolicy::KeepAll];
         Self {
             layers: job.arch.num_layers as f64,
