@@ -22,7 +22,7 @@ pub use cuda::add_assign;
 #[cfg(feature = "cuda")]
 use cuda::Times;
 
-pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
+pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, Share};
 
 mod stack;
 pub use stack::{LinearStackBackward, LinearStackBackwardArgs, Stack};
