@@ -11,7 +11,7 @@ use crate::gpu::{Gpu, KernelsOf::*};
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use crate::linear::{
     eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
-    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs, Share,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearWeightGrad, LinearWeightGradArgs,
 };
 use crate::norm::{
     After, LayerNormModulate, LayerNormModulateArgs, LayerNormModulateBackward, LayerNormModulateBackwardArgs,
@@ -119,31 +119,11 @@ pub fn ops(gpu: &Gpu, compute: DType, l: usize, rank: usize) -> Result<Vec<Row>>
                     weight: &weight,
                     bias_o: Some(&bias),
                     base: None,
-                    share: None,
                     out: compute,
                 };
                 rows.push(time::<LinearEight>(exec, gpu, case(&what), &args, runs)?);
-                let args = LinearEightBackwardArgs {
-                    dy,
-                    rounded: None,
-                    weight: &weight,
-                    base: None,
-                    share: None,
-                    out: compute,
-                };
+                let args = LinearEightBackwardArgs { dy, rounded: None, weight: &weight, base: None, out: compute };
                 rows.push(time::<LinearEightBackward>(exec, gpu, case(&what), &args, runs)?);
-                let r = rank.next_multiple_of(16);
-                let (low, up) = (random(gpu, &[1, l, r], compute)?, random(gpu, &[o, r], compute)?);
-                let down = random(gpu, &[r, i], compute)?;
-                let what = case(&format!("{what}, with a share"));
-                let share = Some(Share { low: &low, matrix: &up });
-                let weight = &weight;
-                let args =
-                    LinearEightArgs { x, rounded: None, weight, bias_o: Some(&bias), base: None, share, out: compute };
-                rows.push(time::<LinearEight>(exec, gpu, what.clone(), &args, runs)?);
-                let share = Some(Share { low: &low, matrix: &down });
-                let args = LinearEightBackwardArgs { dy, rounded: None, weight, base: None, share, out: compute };
-                rows.push(time::<LinearEightBackward>(exec, gpu, what, &args, runs)?);
             }
             let weight8 = int8::Weight::quantize(weight_oi)?;
             for card in if gpu.hopper() { &[ThisCard, Sm86][..] } else { &[ThisCard] } {

@@ -8,11 +8,11 @@ use wan_kernels::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBack
 use wan_kernels::int8::{self, LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
 use wan_kernels::linear::{
     eight, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearEight, LinearEightArgs, LinearEightBackward,
-    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs, Share,
+    LinearEightBackwardArgs, LinearFp8, LinearFp8Args, LinearFp8Backward, LinearFp8BackwardArgs,
 };
 use wan_kernels::Exec;
 
-use crate::adapter::{Active, Dx, Part};
+use crate::adapter::{Active, Dx};
 use crate::wan::GradSink;
 use crate::{Error, Result};
 
@@ -173,37 +173,13 @@ impl Frozen {
             (Weight::Fp8(weight), _) => exec.run::<LinearFp8>(&LinearFp8Args { x, weight, bias_o, base, out })?,
             (Weight::Fp8Fast(weight), rounded) => {
                 let rounded = rounded.and_then(Rounded::eight);
-                exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o, base, share: None, out })?
+                exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o, base, out })?
             }
             (Weight::Int8(weight), rounded) => {
                 let rounded = rounded.and_then(|r| if let Rounded::Int8(r) = r { Some(r) } else { None });
                 exec.run::<LinearInt8>(&LinearInt8Args { x, rounded, weight, bias_o, base, out })?
             }
         })
-    }
-
-    /// The same plus an adapter's part. Where it is not one product with the base's, it comes first: it is a narrow product
-    /// that only writes, and the base's reads it where it writes its own sums.
-    pub fn forward_with(
-        &self,
-        exec: &Exec,
-        x: &Tensor,
-        rounded: Option<&Rounded>,
-        part: Part,
-        out: DType,
-    ) -> Result<Tensor> {
-        let (low, matrix, base) = match part {
-            Part::Made(made) => return self.forward_rounded(exec, x, rounded, Some(made), out),
-            Part::Low { low, matrix, base } => (low, matrix, base),
-        };
-        if let Weight::Fp8Fast(weight) = &self.weight {
-            let (rounded, bias_o) = (rounded.and_then(Rounded::eight), self.bias.as_ref());
-            let share = Some(Share { low: &low, matrix: &matrix });
-            return Ok(exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o, base, share, out })?);
-        }
-        let args = LinearArgs { x: &low, weight_oi: &matrix, bias_o: None, base, out };
-        let made = exec.run::<Linear>(&args)?;
-        self.forward_rounded(exec, x, rounded, Some(made), out)
     }
 
     /// `x` as this linear's products take it, to be shared with its siblings; `None` where they take it as it is.
@@ -254,45 +230,12 @@ impl Frozen {
             Weight::Fp8(weight) => exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out })?,
             Weight::Fp8Fast(weight) => {
                 let rounded = rounded.and_then(Rounded::eight);
-                exec.run::<LinearEightBackward>(&LinearEightBackwardArgs {
-                    dy,
-                    rounded,
-                    weight,
-                    base,
-                    share: None,
-                    out,
-                })?
+                exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded, weight, base, out })?
             }
             Weight::Int8(weight) => {
                 exec.run::<LinearInt8Backward>(&LinearInt8BackwardArgs { dy, weight, base, out })?
             }
         })
-    }
-}
-
-impl Frozen {
-    /// [`Frozen::backward_rounded`] plus an adapter's part, as in [`Frozen::forward_with`].
-    pub fn backward_with(
-        &self,
-        exec: &Exec,
-        dy: &Tensor,
-        rounded: Option<&Rounded>,
-        part: Part,
-        out: DType,
-    ) -> Result<Tensor> {
-        let (low, matrix, base) = match part {
-            Part::Made(made) => return self.backward_rounded(exec, dy, rounded, Some(made), out),
-            Part::Low { low, matrix, base } => (low, matrix, base),
-        };
-        if let Weight::Fp8Fast(weight) = &self.weight {
-            let rounded = rounded.and_then(Rounded::eight);
-            let share = Some(Share { low: &low, matrix: &matrix });
-            let args = LinearEightBackwardArgs { dy, rounded, weight, base, share, out };
-            return Ok(exec.run::<LinearEightBackward>(&args)?);
-        }
-        let args = LinearBackwardArgs { dy: &low, weight_oi: &matrix, base, out };
-        let made = exec.run::<LinearBackward>(&args)?;
-        self.backward_rounded(exec, dy, rounded, Some(made), out)
     }
 }
 
@@ -320,19 +263,23 @@ impl Site<'_> {
         self.adapter.as_ref().map(Active::site).ok_or_else(missing)
     }
 
-    /// `y = x Wᵀ + b + Δy`, all in the compute dtype.
+    /// `y = x Wᵀ + b + Δy`, all in the compute dtype. The adapter's share comes first: it is a narrow product that only
+    /// writes, and the base's product reads it where it writes its own sums.
     pub fn forward(&self, x_bli: &Tensor) -> Result<LinearOut> {
         self.forward_rounded(x_bli, None)
     }
 
     /// The same for an `x` that is rounded already.
     pub fn forward_rounded(&self, x_bli: &Tensor, rounded: Option<&Rounded>) -> Result<LinearOut> {
-        let out = self.exec.compute();
-        let Some(adapter) = &self.adapter else {
-            return Ok(LinearOut { y: self.frozen.forward_rounded(self.exec, x_bli, rounded, None, out)?, h: None });
+        let (delta, h) = match &self.adapter {
+            None => (None, None),
+            Some(adapter) => {
+                let (delta, h) = adapter.forward(self.exec, x_bli)?;
+                (Some(delta), h)
+            }
         };
-        let (part, h) = adapter.forward(self.exec, x_bli)?;
-        Ok(LinearOut { y: self.frozen.forward_with(self.exec, x_bli, rounded, part, out)?, h })
+        let out = self.exec.compute();
+        Ok(LinearOut { y: self.frozen.forward_rounded(self.exec, x_bli, rounded, delta, out)?, h })
     }
 
     /// `dx + base` (`=`); the adapter's gradients go to the sink (`+=` there). `h` may be missing: it is then computed
@@ -358,14 +305,11 @@ impl Site<'_> {
         base: Option<Tensor>,
         sink: &mut dyn GradSink,
     ) -> Result<Tensor> {
-        let out = self.exec.compute();
-        let Some(adapter) = &self.adapter else {
-            return self.frozen.backward_rounded(self.exec, dy_blo, rounded, base, out);
+        let share = match &self.adapter {
+            None => base,
+            Some(adapter) => adapter.backward(self.exec, x_bli, h, dy_blo, Dx::Onto(base), sink)?,
         };
-        match adapter.backward(self.exec, x_bli, h, dy_blo, Dx::Onto(base), sink)? {
-            Some(part) => self.frozen.backward_with(self.exec, dy_blo, rounded, part, out),
-            None => self.frozen.backward_rounded(self.exec, dy_blo, rounded, None, out),
-        }
+        self.frozen.backward_rounded(self.exec, dy_blo, rounded, share, self.exec.compute())
     }
 
     /// The adapter's gradients alone, where nothing below the input is trained.

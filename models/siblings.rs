@@ -3,10 +3,11 @@
 
 use candle_core::Tensor;
 use wan_kernels::linear::{
-    Linear, LinearArgs, LinearStackBackward, LinearStackBackwardArgs, LinearWeightGrad, LinearWeightGradArgs, Stack,
+    Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearStackBackward, LinearStackBackwardArgs,
+    LinearWeightGrad, LinearWeightGradArgs, Stack,
 };
 
-use crate::adapter::{Lora, Part};
+use crate::adapter::Lora;
 use crate::linear::Site;
 use crate::wan::GradSink;
 use crate::{Error, Result};
@@ -59,8 +60,9 @@ impl<const N: usize> Siblings<'_, N> {
         let h_blr = exec.scaled(exec.run::<Linear>(&args)?, loras[0].scale)?;
         let rounded = self.sites[0].frozen.rounded(exec, x_bli)?;
         let ys = each(self.sites.iter().zip(&stack.ups_or).zip(stack.parts()).map(|((site, up_or), (at, r))| {
-            let part = Part::Low { low: h_blr.narrow(2, at, r)?, matrix: up_or.clone(), base: None };
-            site.frozen.forward_with(exec, x_bli, rounded.as_ref(), part, out)
+            let args = LinearArgs { x: &h_blr.narrow(2, at, r)?, weight_oi: up_or, bias_o: None, base: None, out };
+            let delta = exec.run::<Linear>(&args)?;
+            site.frozen.forward_rounded(exec, x_bli, rounded.as_ref(), Some(delta), out)
         }))?;
         Ok(SiblingsOut { ys, low: Low::Stacked(h_blr) })
     }
@@ -97,16 +99,12 @@ impl<const N: usize> Siblings<'_, N> {
         if !need_dx {
             return Ok(None);
         }
-        // The share of all of them joins the first product, and its result the next one's.
-        let mut part = Some(Part::Low { low: dh_blr, matrix: stack.down_ri, base: None });
-        let mut dx_bli = None;
+        let args = LinearBackwardArgs { dy: &dh_blr, weight_oi: &stack.down_ri, base: None, out };
+        let mut dx_bli = exec.run::<LinearBackward>(&args)?;
         for (site, dy_blo) in self.sites.iter().zip(dys_blo) {
-            dx_bli = Some(match part.take() {
-                Some(part) => site.frozen.backward_with(exec, &dy_blo, None, part, out)?,
-                None => site.frozen.backward(exec, &dy_blo, dx_bli, out)?,
-            });
+            dx_bli = site.frozen.backward(exec, &dy_blo, Some(dx_bli), out)?;
         }
-        Ok(dx_bli)
+        Ok(Some(dx_bli))
     }
 
     fn backward_each(

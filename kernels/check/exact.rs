@@ -6,7 +6,7 @@ use super::{distance, norms, values, Row};
 use crate::gelu::{ActivationArgs, GeluTanh, GeluTanhBackward, GeluTanhBackwardArgs};
 use crate::gpu::{Gpu, KernelsOf::*};
 use crate::int8::{LinearInt8, LinearInt8Args, LinearInt8Backward, LinearInt8BackwardArgs};
-use crate::linear::{eight, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, Share};
+use crate::linear::{eight, LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
 use crate::patchify::{Patchify, PatchifyArgs, Unpatchify, UnpatchifyArgs, UnpatchifyBackward, UnpatchifyBackwardArgs};
 use crate::philox::{stream, Philox};
 use crate::{fp8, int8, lora_delta, Exec, Result};
@@ -72,7 +72,6 @@ pub(super) fn all(gpu: &Gpu) -> Result<Vec<Row>> {
     norms::one_pass(&exec, &mut rows)?;
     if gpu.card().capability >= (8, 9) {
         eight(gpu, &exec, &mut rows)?;
-        shares(gpu, &mut rows)?;
     }
     int8(gpu, &exec, &mut rows)?;
     Ok(rows)
@@ -155,25 +154,10 @@ fn eight(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
                 let shared = eight::round(exec, x)?;
                 let forward = |base: Option<Tensor>| {
                     let rounded = shared.as_ref().filter(|_| base.is_some());
-                    exec.run::<LinearEight>(&LinearEightArgs {
-                        x,
-                        rounded,
-                        weight,
-                        bias_o: Some(bias),
-                        base,
-                        share: None,
-                        out,
-                    })
+                    exec.run::<LinearEight>(&LinearEightArgs { x, rounded, weight, bias_o: Some(bias), base, out })
                 };
                 let backward = |base| {
-                    exec.run::<LinearEightBackward>(&LinearEightBackwardArgs {
-                        dy,
-                        rounded: None,
-                        weight,
-                        base,
-                        share: None,
-                        out,
-                    })
+                    exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded: None, weight, base, out })
                 };
                 let [base_o, base_i] = bases;
                 Ok([forward(None)?, backward(None)?, forward(base_o)?, backward(base_i)?])
@@ -193,57 +177,6 @@ fn eight(gpu: &Gpu, exec: &Exec, rows: &mut Vec<Row>) -> Result<()> {
             }
             let weight = &eight::by_rows(&weight.to_device(exec.device())?)?;
             gelu_rounded(exec, [&normal(7, &[l, i])?, &normal(8, &[l, o])?, &dy], weight, rows)?;
-        }
-    }
-    Ok(())
-}
-
-/// An adapter's share in one product with the base's, and with what is added: against the definition; twice, to the same bits.
-/// Few rows, and cards that are not Hopper, take two products.
-fn shares(gpu: &Gpu, rows: &mut Vec<Row>) -> Result<()> {
-    // The last tile is cut in both axes, lies beside none, has one column more than 128; ranks of one chunk and of three.
-    let shapes =
-        [(1025, 5120, 1536, 48), (1300, 192, 80, 16), (2049, 1040, 400, 144), (1152, 256, 272, 64), (97, 192, 80, 48)];
-    // Of a sum of 5120 products the tensor cores lose 1e-3 in either dtype.
-    for (dtype, naive) in [(DType::BF16, 2e-3), (DType::F16, 1e-3)] {
-        let exec = &Exec::Cuda { gpu: gpu.clone(), device: gpu.device(), compute: dtype };
-        for (l, i, o, r) in shapes {
-            let normal = |seed, shape: &[usize], size: f64| -> Result<Tensor> {
-                let t = Philox::new(seed, stream::INIT, 0, 0).normal(shape, &Device::Cpu)?;
-                Ok((t * size)?.to_dtype(dtype)?)
-            };
-            let (x, dy, bias) = (normal(1, &[l, i], 1.0)?, normal(2, &[l, o], 1.0)?, normal(3, &[o], 1.0)?);
-            let weight = fp8::Weight::quantize(&normal(4, &[o, i], 0.02)?, fp8::Granularity::Block)?;
-            let bases = [normal(5, &[l, o], 1.0)?, normal(6, &[l, i], 1.0)?];
-            let (wide, up, down) = (normal(7, &[l, 3 * r], 1.0)?, normal(8, &[o, r], 0.2)?, normal(9, &[r, i], 0.2)?);
-            let run = |exec: &Exec, out| -> Result<Vec<Tensor>> {
-                let on = |t: &Tensor| t.to_device(exec.device());
-                let weight = &eight::by_rows(&weight.to_device(exec.device())?)?;
-                let (x, dy, bias, up, down) = (&on(&x)?, &on(&dy)?, &on(&bias)?, &on(&up)?, &on(&down)?);
-                // Columns of wider rows, as adapters side by side have them.
-                let low = &on(&wide)?.narrow(1, r, r)?;
-                let mut results = Vec::new();
-                for onto in [false, true] {
-                    let base = |at: usize| onto.then(|| on(&bases[at].copy()?)).transpose();
-                    let (bias_o, share) = ((!onto).then_some(bias), Some(Share { low, matrix: up }));
-                    let args = LinearEightArgs { x, rounded: None, weight, bias_o, base: base(0)?, share, out };
-                    results.push(exec.run::<LinearEight>(&args)?);
-                    let share = Some(Share { low, matrix: down });
-                    let args = LinearEightBackwardArgs { dy, rounded: None, weight, base: base(1)?, share, out };
-                    results.push(exec.run::<LinearEightBackward>(&args)?);
-                }
-                Ok(results)
-            };
-            let want = run(&Exec::cpu(), DType::F32)?;
-            let (got, again) = (run(exec, dtype)?, run(exec, dtype)?);
-            let names = ["", "_backward", ", onto", "_backward, onto"];
-            for (((name, got), again), want) in names.iter().zip(&got).zip(&again).zip(&want) {
-                let (op, case) =
-                    (format!("linear_eight{name}, with a share"), format!("[{l}, {i}] x [{o}, {i}], {r} {dtype:?}"));
-                let error = distance(&values(got)?, &values(want)?);
-                rows.push(Row { op: op.clone(), case: case.clone(), error, naive, right: error < 2.0 * naive });
-                rows.push(bits(&format!("{op}, again"), &case, again, got)?);
-            }
         }
     }
     Ok(())

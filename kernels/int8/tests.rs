@@ -138,18 +138,9 @@ fn the_error_is_below_that_of_fp8() {
     let (int8, out) = (Weight::quantize(&weight_oi).unwrap(), DType::F32);
     let fp8 = fp8::Weight::quantize(&weight_oi, fp8::Granularity::Block).unwrap();
     let fp8 = crate::linear::eight::by_rows(&fp8).unwrap();
-    let args = crate::linear::LinearEightArgs {
-        x: &x,
-        rounded: None,
-        weight: &fp8,
-        bias_o: None,
-        base: None,
-        share: None,
-        out,
-    };
+    let args = crate::linear::LinearEightArgs { x: &x, rounded: None, weight: &fp8, bias_o: None, base: None, out };
     let y8 = Exec::cpu().run::<crate::linear::LinearEight>(&args).unwrap();
-    let args =
-        crate::linear::LinearEightBackwardArgs { dy: &dy, rounded: None, weight: &fp8, base: None, share: None, out };
+    let args = crate::linear::LinearEightBackwardArgs { dy: &dy, rounded: None, weight: &fp8, base: None, out };
     let dx8 = Exec::cpu().run::<crate::linear::LinearEightBackward>(&args).unwrap();
     assert!(l2_error(&forward(&x, &int8, None), &y) < 0.5 * l2_error(&y8, &y));
     assert!(l2_error(&backward(&dy, &int8), &dx) < 0.5 * l2_error(&dx8, &dx));

@@ -3,13 +3,10 @@
 
 use candle_core::{DType, Tensor};
 
-use super::eight::{Added, Share};
 use super::Rounded;
 use crate::common::blas::{Eight, Matrix, Product};
 use crate::common::gpu::{Arg, Gpu, Launch, View};
 use crate::{fp8, Result};
-
-mod product;
 
 const EIGHT: &str = "linear/eight";
 
@@ -228,31 +225,12 @@ pub(super) fn eight(
     left: &Rounded,
     weight: &fp8::Weight,
     transposed: bool,
-    added: Added<'_>,
+    [bias, base]: [Option<&Tensor>; 2],
     (compute, out): (DType, DType),
 ) -> Result<Tensor> {
     let [o, i] = weight.shape();
     let (inner, columns) = if transposed { (i, o) } else { (o, i) };
     let rows = like.elem_count() / inner;
-    let Added { bias, base, share } = added;
-    // In one kernel, or the share first and the base's product onto it.
-    let (share, made) = match share {
-        Some(share) if product::takes(gpu, [rows, columns, inner], share, [compute, out]) => (Some(share), None),
-        Some(Share { low, matrix }) => {
-            let times = Times {
-                op,
-                left: low,
-                weight_oi: Weight::Dense(matrix),
-                transposed,
-                bias: None,
-                add: base,
-                out: result_dtype(compute, out),
-            };
-            (None, Some(self::times(gpu, &times, compute)?))
-        }
-        None => (None, None),
-    };
-    let base = made.as_ref().or(base);
     let codes = View::new(op, weight.codes_oi())?;
     let scale_o = View::new(op, weight.scale())?.address;
     let right = match transposed {
@@ -274,13 +252,6 @@ pub(super) fn eight(
     let y_view = View::new(op, &y)?;
     let bias = bias.map(|bias| operand(gpu, op, bias, result)).transpose()?;
     let base = base.map(|base| operand(gpu, op, base, result)).transpose()?;
-    if let Some(share) = share {
-        let codes = [left_codes.address, right];
-        let scales = [left_scales.address, if transposed { scale_o } else { 0 }];
-        let more = [bias.as_ref(), base.as_ref()].map(|v| v.map(|v| v.address));
-        product::run(gpu, op, [rows, columns, inner], codes, scales, share, more, &y_view)?;
-        return Ok(y);
-    }
     let product = Eight {
         rows,
         columns,

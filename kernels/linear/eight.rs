@@ -82,17 +82,8 @@ pub struct LinearEightArgs<'a> {
     pub weight: &'a fp8::Weight,
     pub bias_o: Option<&'a Tensor>,
     pub base: Option<Tensor>,
-    /// An adapter's share, with a matrix [o, r].
-    pub share: Option<Share<'a>>,
     /// Dtype of the result.
     pub out: DType,
-}
-
-/// A product with a narrow factor that joins another product in its result: `low` [.., r] times a matrix.
-#[derive(Clone, Copy)]
-pub struct Share<'a> {
-    pub low: &'a Tensor,
-    pub matrix: &'a Tensor,
 }
 
 /// `dx = dy·W + base` by 8-bit products.
@@ -105,8 +96,6 @@ pub struct LinearEightBackwardArgs<'a> {
     pub rounded: Option<&'a Rounded>,
     pub weight: &'a fp8::Weight,
     pub base: Option<Tensor>,
-    /// An adapter's share, with a matrix [r, i].
-    pub share: Option<Share<'a>>,
     /// Dtype of `dx`.
     pub out: DType,
 }
@@ -171,8 +160,7 @@ impl Op for LinearEight {
         if let Some(rounded) = a.rounded {
             rounded.check(Self::NAME, a.x)?;
         }
-        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)?;
-        check_share(Self::NAME, a.x, a.share, |r| [a.weight.shape()[0], r])
+        check_forward(Self::NAME, a.x, a.weight.shape(), a.bias_o, a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearEightArgs<'_>) -> Cost {
@@ -180,19 +168,16 @@ impl Op for LinearEight {
     }
 
     /// Codes are exact in fp32, and so are their products: only sums differ from a card's.
-    fn reference(a: &LinearEightArgs<'_>, compute: DType) -> Result<Tensor> {
+    fn reference(a: &LinearEightArgs<'_>, _compute: DType) -> Result<Tensor> {
         let (x, scale_l1) = rounded_rows(a.x, None)?;
         let (w_oi, scale_o) = parts(a.weight)?;
-        let mut y = (num::matmul(&x, &w_oi.t()?, DType::F32)?.broadcast_mul(&scale_l1)?).broadcast_mul(&scale_o)?;
-        if let Some(share) = a.share {
-            y = (y + num::matmul(&as_rows(share.low)?, &share.matrix.t()?, compute)?)?;
-        }
+        let y = (num::matmul(&x, &w_oi.t()?, DType::F32)?.broadcast_mul(&scale_l1)?).broadcast_mul(&scale_o)?;
         finished(y, a.x, [a.bias_o, a.base.as_ref()], a.out)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearEightArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        let added = Added { bias: a.bias_o, base: a.base.as_ref(), share: a.share };
+        let added = [a.bias_o, a.base.as_ref()];
         match a.rounded {
             Some(rounded) => cuda::eight(gpu, Self::NAME, a.x, rounded, a.weight, true, added, (compute, a.out)),
             None => {
@@ -213,27 +198,23 @@ impl Op for LinearEightBackward {
         if let Some(rounded) = a.rounded {
             rounded.check(Self::NAME, a.dy)?;
         }
-        check_backward(Self::NAME, a.dy, a.weight.shape(), a.base.as_ref(), a.out)?;
-        check_share(Self::NAME, a.dy, a.share, |r| [r, a.weight.shape()[1]])
+        check_backward(Self::NAME, a.dy, a.weight.shape(), a.base.as_ref(), a.out)
     }
 
     fn cost(a: &LinearEightBackwardArgs<'_>) -> Cost {
         cost(a.dy, a.weight.shape()[1], a.weight.bytes(), a.base.as_ref(), a.out)
     }
 
-    fn reference(a: &LinearEightBackwardArgs<'_>, compute: DType) -> Result<Tensor> {
+    fn reference(a: &LinearEightBackwardArgs<'_>, _compute: DType) -> Result<Tensor> {
         let (w_oi, scale_o) = parts(a.weight)?;
         let (dy, scale_l1) = rounded_rows(a.dy, Some(&scale_o))?;
-        let mut dx = num::matmul(&dy, &w_oi, DType::F32)?.broadcast_mul(&scale_l1)?;
-        if let Some(share) = a.share {
-            dx = (dx + num::matmul(&as_rows(share.low)?, share.matrix, compute)?)?;
-        }
+        let dx = num::matmul(&dy, &w_oi, DType::F32)?.broadcast_mul(&scale_l1)?;
         finished(dx, a.dy, [None, a.base.as_ref()], a.out)
     }
 
     #[cfg(feature = "cuda")]
     fn cuda(a: &LinearEightBackwardArgs<'_>, gpu: &Gpu, compute: DType) -> Result<Tensor> {
-        let added = Added { bias: None, base: a.base.as_ref(), share: a.share };
+        let added = [None, a.base.as_ref()];
         match a.rounded {
             Some(rounded) => cuda::eight(gpu, Self::NAME, a.dy, rounded, a.weight, false, added, (compute, a.out)),
             None => {
@@ -243,31 +224,6 @@ impl Op for LinearEightBackward {
             }
         }
     }
-}
-
-/// What joins a product in its result.
-#[cfg(feature = "cuda")]
-pub(super) struct Added<'a> {
-    pub bias: Option<&'a Tensor>,
-    pub base: Option<&'a Tensor>,
-    pub share: Option<Share<'a>>,
-}
-
-/// `low` has the shape of `like` but for its last axis, and the matrix that of the rank.
-fn check_share(
-    op: &'static str,
-    like: &Tensor,
-    share: Option<Share<'_>>,
-    matrix: impl FnOnce(usize) -> [usize; 2],
-) -> Result<()> {
-    let Some(Share { low, matrix: given }) = share else { return Ok(()) };
-    gate::float(op, "low", low)?;
-    gate::float(op, "matrix", given)?;
-    let r = super::last(low);
-    let mut want = like.dims().to_vec();
-    want[like.rank() - 1] = r;
-    gate::shape(op, "low", low, &want, "the rows of the input by the rank")?;
-    gate::shape(op, "matrix", given, &matrix(r), "features by the rank, or in backward the rank by features")
 }
 
 /// The values of the codes of each row (times `columns`), and the rows' scales [l, 1].

@@ -22,7 +22,7 @@ pub use cuda::add_assign;
 #[cfg(feature = "cuda")]
 use cuda::Times;
 
-pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs, Share};
+pub use eight::{LinearEight, LinearEightArgs, LinearEightBackward, LinearEightBackwardArgs};
 
 mod stack;
 pub use stack::{LinearStackBackward, LinearStackBackwardArgs, Stack};

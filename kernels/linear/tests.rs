@@ -140,64 +140,18 @@ fn eight_bit_products_stay_near_those_of_the_same_weight() {
         let want =
             exec.run::<LinearFp8>(&LinearFp8Args { x: &x, weight, bias_o: Some(&bias), base: None, out }).unwrap();
         let got = exec
-            .run::<LinearEight>(&LinearEightArgs {
-                x: &x,
-                rounded: None,
-                weight,
-                bias_o: Some(&bias),
-                base: None,
-                share: None,
-                out,
-            })
+            .run::<LinearEight>(&LinearEightArgs { x: &x, rounded: None, weight, bias_o: Some(&bias), base: None, out })
             .unwrap();
         // Two roundings to four bits: 2.6 % each of a product, less of a sum with its bias.
         let error = l2_error(&got, &want);
         assert!(error > 1e-4 && error < 0.05, "{error}");
         let want = exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy: &dy, weight, base: None, out }).unwrap();
         let got = exec
-            .run::<LinearEightBackward>(&LinearEightBackwardArgs {
-                dy: &dy,
-                rounded: None,
-                weight,
-                base: None,
-                share: None,
-                out,
-            })
+            .run::<LinearEightBackward>(&LinearEightBackwardArgs { dy: &dy, rounded: None, weight, base: None, out })
             .unwrap();
         let error = l2_error(&got, &want);
         assert!(error > 1e-4 && error < 0.06, "{error}");
     }
-}
-
-/// An adapter's share in the product is the product plus the share.
-#[test]
-fn a_share_joins_an_eight_bit_product() {
-    let exec = Exec::cpu();
-    let (l, i, o, r) = (9, 64, 32, 5);
-    let weight = &eight::by_rows(&Weight::quantize(&normal(2, &[o, i]), Granularity::Block).unwrap()).unwrap();
-    let (x, dy, low) = (normal(1, &[l, i]), normal(4, &[l, o]), normal(5, &[l, r]));
-    let (up, down, out, rounded) = (normal(6, &[o, r]), normal(7, &[r, i]), DType::F32, None);
-    let forward = |share, base| {
-        let args = LinearEightArgs { x: &x, rounded, weight, bias_o: None, base, share, out };
-        exec.run::<LinearEight>(&args)
-    };
-    let delta = linear(&low, &up, None);
-    let got = forward(Some(Share { low: &low, matrix: &up }), Some(dy.copy().unwrap())).unwrap();
-    assert_close(&got, &((forward(None, None).unwrap() + delta).unwrap() + &dy).unwrap(), 1e-6);
-
-    let backward = |share| {
-        let args = LinearEightBackwardArgs { dy: &dy, rounded, weight, base: None, share, out };
-        exec.run::<LinearEightBackward>(&args)
-    };
-    let got = backward(Some(Share { low: &low, matrix: &down })).unwrap();
-    assert_close(&got, &(backward(None).unwrap() + low.matmul(&down).unwrap()).unwrap(), 1e-6);
-
-    let message = refused(forward(Some(Share { low: &low, matrix: &down }), None));
-    assert!(message.contains("matrix has shape [5, 64]"), "{message}");
-    let message = refused(backward(Some(Share { low: &x, matrix: &down })));
-    assert!(message.contains("matrix has shape [5, 64]"), "{message}");
-    let message = refused(backward(Some(Share { low: &normal(5, &[l + 1, r]), matrix: &down })));
-    assert!(message.contains("low has shape [10, 5]"), "{message}");
 }
 
 #[test]
@@ -213,15 +167,7 @@ fn eight_bit_products_of_codes_are_exact() {
     };
     let (x, w) = (codes(1, 7, 64), codes(2, 16, 64));
     let weight = eight::by_rows(&Weight::quantize(&w, Granularity::Channel).unwrap()).unwrap();
-    let args = LinearEightArgs {
-        x: &x,
-        rounded: None,
-        weight: &weight,
-        bias_o: None,
-        base: None,
-        share: None,
-        out: DType::F32,
-    };
+    let args = LinearEightArgs { x: &x, rounded: None, weight: &weight, bias_o: None, base: None, out: DType::F32 };
     assert_close(&Exec::cpu().run::<LinearEight>(&args).unwrap(), &linear(&x, &w, None), 1e-6);
 }
 
@@ -234,7 +180,6 @@ fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
         weight: &weight,
         bias_o: None,
         base: None,
-        share: None,
         out: DType::F32,
     };
     assert!(refused(Exec::cpu().run::<LinearEight>(&args)).contains("one fp32 scale an output"));
@@ -243,15 +188,7 @@ fn a_row_that_is_not_finite_shows_and_a_row_of_zeros_is_zero() {
     values[5] = f32::NAN;
     values[64..128].fill(0.0);
     let x = Tensor::from_vec(values, (3, 64), &candle_core::Device::Cpu).unwrap();
-    let args = LinearEightArgs {
-        x: &x,
-        rounded: None,
-        weight: &weight,
-        bias_o: None,
-        base: None,
-        share: None,
-        out: DType::F32,
-    };
+    let args = LinearEightArgs { x: &x, rounded: None, weight: &weight, bias_o: None, base: None, out: DType::F32 };
     let y = Exec::cpu().run::<LinearEight>(&args).unwrap().to_vec2::<f32>().unwrap();
     assert!(y[0].iter().all(|v| v.is_nan()));
     assert!(y[1].iter().all(|v| *v == 0.0));
@@ -276,11 +213,10 @@ fn an_addition_in_the_product_is_the_sum_of_both() {
     adds(onto_i, &|base| exec.run::<LinearFp8Backward>(&LinearFp8BackwardArgs { dy, weight, base, out }).unwrap());
     let weight = &eight::by_rows(weight).unwrap();
     adds(onto_o, &|base| {
-        exec.run::<LinearEight>(&LinearEightArgs { x, rounded: None, weight, bias_o, base, share: None, out }).unwrap()
+        exec.run::<LinearEight>(&LinearEightArgs { x, rounded: None, weight, bias_o, base, out }).unwrap()
     });
     adds(onto_i, &|base| {
-        exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded: None, weight, base, share: None, out })
-            .unwrap()
+        exec.run::<LinearEightBackward>(&LinearEightBackwardArgs { dy, rounded: None, weight, base, out }).unwrap()
     });
 
     let args = LinearFp8BackwardArgs { dy, weight, base: Some(normal(3, &[2, 5, 63])), out };

@@ -15,14 +15,6 @@ pub enum Dx {
     Onto(Option<Tensor>),
 }
 
-/// What an adapter adds to its linear's product.
-pub enum Part {
-    /// All of it, onto the base.
-    Made(Tensor),
-    /// The factors of a LoRA's part, `[.., r]` and a matrix, and the base: the last product can be one with the linear's.
-    Low { low: Tensor, matrix: Tensor, base: Option<Tensor> },
-}
-
 /// An adapter that takes part in this step.
 pub struct Active<'a> {
     adapter: &'a Adapter,
@@ -60,19 +52,19 @@ impl<'a> Active<'a> {
     }
 
     /// `Δy` `[B, L, o]`, and for a LoRA the low-rank activation that backward can use.
-    pub fn forward(&self, exec: &Exec, x_bli: &Tensor) -> Result<(Part, Option<Tensor>)> {
+    pub fn forward(&self, exec: &Exec, x_bli: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         Ok(match self.adapter {
             Adapter::Lora(a) => {
-                let (low, matrix) = a.forward(&self.at(exec), x_bli)?;
-                (Part::Low { low: low.clone(), matrix, base: None }, Some(low))
+                let (delta, h) = a.forward(&self.at(exec), x_bli)?;
+                (delta, Some(h))
             }
-            Adapter::Loha(a) => (Part::Made(a.forward(&self.at(exec), x_bli)?), None),
-            Adapter::Lokr(a) => (Part::Made(a.forward(&self.at(exec), x_bli)?), None),
+            Adapter::Loha(a) => (a.forward(&self.at(exec), x_bli)?, None),
+            Adapter::Lokr(a) => (a.forward(&self.at(exec), x_bli)?, None),
         })
     }
 
     /// `h` is what forward returned; where it was not kept it is computed again, to the same bits. Returns the adapter's
-    /// part of `dx` where that is wanted.
+    /// share of `dx`, onto the base, where that is wanted.
     pub fn backward(
         &self,
         exec: &Exec,
@@ -81,7 +73,7 @@ impl<'a> Active<'a> {
         dy_blo: &Tensor,
         dx: Dx,
         sink: &mut dyn GradSink,
-    ) -> Result<Option<Part>> {
+    ) -> Result<Option<Tensor>> {
         let at = self.at(exec);
         match self.adapter {
             Adapter::Lora(a) => {
@@ -91,8 +83,8 @@ impl<'a> Active<'a> {
                 };
                 a.backward(&at, x_bli, &h, dy_blo, dx, sink)
             }
-            Adapter::Loha(a) => Ok(a.backward(&at, x_bli, dy_blo, dx, sink)?.map(Part::Made)),
-            Adapter::Lokr(a) => Ok(a.backward(&at, x_bli, dy_blo, dx, sink)?.map(Part::Made)),
+            Adapter::Loha(a) => a.backward(&at, x_bli, dy_blo, dx, sink),
+            Adapter::Lokr(a) => a.backward(&at, x_bli, dy_blo, dx, sink),
         }
     }
 }

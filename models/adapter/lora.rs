@@ -5,16 +5,18 @@ use wan_kernels::linear::{
     low_rank, Linear, LinearArgs, LinearBackward, LinearBackwardArgs, LinearWeightGrad, LinearWeightGradArgs,
 };
 
-use super::{At, Dx, Lora, Part};
+use super::{At, Dx, Lora};
 use crate::wan::GradSink;
 use crate::Result;
 
 impl Lora {
-    /// `x` `[B, L, i]` -> `scale · mask · down(x)` `[B, L, r]`, which backward needs, too, and `up` `[o, r]`: the factors of
-    /// `Δy` (`r` may be filled up with zeros, see [`low_rank`]).
+    /// `x` `[B, L, i]` -> `Δy` `[B, L, o]` in the compute dtype, and what backward needs: `scale · mask · down(x)`,
+    /// `[B, L, r]` (`r` may be filled up with zeros, see [`low_rank`]).
     pub fn forward(&self, at: &At, x_bli: &Tensor) -> Result<(Tensor, Tensor)> {
         let (down, up) = self.operands(at)?;
-        Ok((self.down_scaled_with(at, &down, x_bli)?, up))
+        let h_blr = self.down_scaled_with(at, &down, x_bli)?;
+        let args = LinearArgs { x: &h_blr, weight_oi: &up, bias_o: None, base: None, out: at.exec.compute() };
+        Ok((at.exec.run::<Linear>(&args)?, h_blr))
     }
 
     /// The low-rank activation that forward saves; backward asks for it where forward kept nothing.
@@ -27,7 +29,8 @@ impl Lora {
         self.scale_and_mask(at, at.exec.run::<Linear>(&args)?)
     }
 
-    /// Hands `dup` and `ddown` to the sink (`+=` there); returns the factors of its part of `dx`, where that is wanted.
+    /// Hands `dup` and `ddown` to the sink (`+=` there); returns its share of `dx`, onto the base, where that is
+    /// wanted.
     pub fn backward(
         &self,
         at: &At,
@@ -36,7 +39,7 @@ impl Lora {
         dy_blo: &Tensor,
         dx: Dx,
         sink: &mut dyn GradSink,
-    ) -> Result<Option<Part>> {
+    ) -> Result<Option<Tensor>> {
         let (exec, out, rank) = (at.exec, at.exec.compute(), self.down.dim(0)?);
         let (down, up) = self.operands(at)?;
         let dup_or = exec.run::<LinearWeightGrad>(&LinearWeightGradArgs { x: h_blr, dy: dy_blo })?;
@@ -46,7 +49,7 @@ impl Lora {
         sink.add(at.site, "lora_down.weight", &ddown_ri.narrow(0, 0, rank)?)?;
         sink.add(at.site, "lora_up.weight", &dup_or.narrow(1, 0, rank)?)?;
         let Dx::Onto(base) = dx else { return Ok(None) };
-        Ok(Some(Part::Low { low: dh_blr, matrix: down, base }))
+        Ok(Some(exec.run::<LinearBackward>(&LinearBackwardArgs { dy: &dh_blr, weight_oi: &down, base, out })?))
     }
 
     /// `down` and `up` as the products take them. Masks have the rank's own width, so with dropout nothing is filled up.

@@ -13,7 +13,7 @@ mod delta;
 mod lora;
 mod spec;
 
-pub use active::{Active, Dx, Part};
+pub use active::{Active, Dx};
 pub use delta::WeightDelta;
 pub use spec::{factorization, AdapterSpec, Init, Kind, Layout, ParamSpec};
 
