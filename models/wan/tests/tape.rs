@@ -239,6 +239,38 @@ fn one_row_stands_for_the_padding() {
     }
 }
 
+/// With heads 128 wide and enough tokens, 8 bits in forward's attention are used, and change little; with few tokens nothing.
+#[test]
+fn fast_attention_stays_near_attention_in_full() {
+    let arch = WanArch { dim: 128, num_heads: 1, ffn_dim: 64, num_layers: 2, ..arch(None, 4) };
+    let adapters = adapters(&arch, AdapterSpec { kind: Kind::Lora, rank: 3, alpha: 2.0 }, |_| true);
+    let fast = Numerics { fast_attention: true, ..Numerics::default() };
+    let exec = Exec::cpu();
+    let plan = SavePlan::uniform(SavePolicy::KeepAttention);
+    for ([h, w], used) in [([64, 96], true), ([8, 8], false)] {
+        let x = normal(1, &[1, 4, 1, h, w]);
+        let inputs = WanInputs { x, ..inputs(&arch, Timesteps::PerSample(vec![500.0])) };
+        let target = normal(4, inputs.x.dims());
+        let of = |numerics| {
+            let (model, blocks) = model(&arch, &random_weights(&arch, 5).unwrap(), numerics);
+            step(&exec, &model, &blocks, &adapters, &inputs, &target, &plan)
+        };
+        let ((pred, _, grads), (want, _, full)) = (of(fast), of(Numerics::default()));
+        assert_eq!(max_abs(&pred, &want) > 0.0, used, "[{h}, {w}]");
+        assert!(max_abs(&pred, &want) < 0.02 * max_of(&want), "[{h}, {w}]");
+        let (mut gg, mut gw, mut ww) = (0.0, 0.0, 0.0);
+        for (key, want) in &full.0 {
+            let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for (g, w) in flat(&grads.0[key]).into_iter().zip(flat(want)) {
+                let (g, w) = (f64::from(g), f64::from(w));
+                (gg, gw, ww) = (gg + g * g, gw + g * w, ww + w * w);
+            }
+        }
+        let cosine = gw / (gg * ww).sqrt();
+        assert!(cosine > 0.999, "[{h}, {w}]: {cosine}");
+    }
+}
+
 /// Backward ends at the lowest block with an adapter, wherever in the block it sits.
 #[test]
 fn few_adapters_get_the_same_gradients() {
