@@ -71,6 +71,8 @@ pub struct Planned {
     batch: usize,
     /// What 8-bit products would gain, a line each.
     offers: Vec<String>,
+    /// What was asked for and is not used.
+    unused: Option<String>,
 }
 
 impl Planned {
@@ -86,6 +88,9 @@ impl Planned {
         }
         for offer in &self.offers {
             table += &format!("predicted with {offer}\n");
+        }
+        if let Some(unused) = &self.unused {
+            table += &format!("note: {unused}\n");
         }
         table
     }
@@ -336,7 +341,8 @@ fn planned(
     match plan::choose(&work, room.budget, wishes(job, config), &room.rates) {
         Ok(plan) => {
             let offers = plan::offers(&work, &plan, wishes(job, config), &room.rates);
-            Ok(Planned { plan, target: room.target, previews: 0, bucket, batch, offers })
+            let unused = plan::unused(&work, &room.rates);
+            Ok(Planned { plan, target: room.target, previews: 0, bucket, batch, offers, unused })
         }
         Err(shortfall) => {
             let more = match shortfall.memory.held() > shortfall.budget.device {

@@ -96,6 +96,14 @@ pub fn offers(job: &Job, plan: &Plan, wishes: Wishes, rates: &Rates) -> Vec<Stri
     ways.into_iter().filter_map(line).collect()
 }
 
+/// What was asked for and is not used: a line.
+pub fn unused(job: &Job, rates: &Rates) -> Option<String> {
+    let (tokens, from) = (job.tokens() / job.batch, rates.fast_attention_from);
+    (job.fast_attention && tokens < from as u64).then(|| {
+        format!("--fast_attention changes nothing: it pays from {from} tokens on, the largest bucket has {tokens}")
+    })
+}
+
 fn fits(job: &Job, memory: &Memory, budget: Budget) -> bool {
     let host = job.target == Target::Cpu || memory.host() <= budget.host;
     memory.held() <= budget.device && host

@@ -1,16 +1,19 @@
 //! Memory, planned before anything is allocated: what will be where (`memory`), which saving policy and residency fit a
-//! budget (`choose`), what there is (`device`). Pure arithmetic on architecture numbers; nothing here touches a tensor.
+//! budget (`choose`), what there is (`device`), what a run is (`shape`). Pure arithmetic on architecture numbers; nothing
+//! here touches a tensor.
 
 pub mod cards;
 pub mod choose;
 pub mod device;
 pub mod memory;
+pub mod shape;
 
 pub use cards::{Card, Rates};
 pub use choose::Wishes;
-pub use choose::{choose, offers, predict, Plan, Shortfall};
+pub use choose::{choose, offers, predict, unused, Plan, Shortfall};
 pub use device::{available_ram, host_peak, Budget};
-pub use memory::{price, Arrangement, Job, Memory, Moments, RunShape, Target, WeightForm, OF_A_STEP};
+pub use memory::{price, Arrangement, Job, Memory, Moments, Target, WeightForm, OF_A_STEP};
+pub use shape::RunShape;
 
 /// Bytes as GiB for people; small models show more digits.
 pub fn gib(bytes: u64) -> String {

@@ -6,7 +6,7 @@ use wan_models::linear::Products;
 use wan_models::wan::{BlockPlan, Home, SavePolicy};
 use wan_train::config::registry;
 use wan_train::plan::{
-    choose, offers, price, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes, OF_A_STEP,
+    choose, offers, price, unused, Arrangement, Budget, Job, Moments, Rates, Target, WeightForm, Wishes, OF_A_STEP,
 };
 
 const GIB: u64 = 1 << 30;
@@ -411,5 +411,10 @@ fn eight_bit_products_are_offered_where_they_gain() {
     assert!(left.len() == 1 && left[0].starts_with("--fast_attention"), "{left:?}");
     let both = Job { fast_attention: true, ..int8 };
     assert!(offers(&both, &faster, Wishes::default(), &Rates::default()).is_empty());
+    // A picture of 512 x 512.
+    let small = Job { latent: [1, 64, 64], ..both.clone() };
+    let said = unused(&small, &Rates::default()).unwrap();
+    assert!(said.contains("from 1536 tokens on, the largest bucket has 1024"), "{said}");
+    assert_eq!(unused(&both, &Rates::default()), None);
     assert!(offers(&tiny(), &plan, Wishes::default(), &Rates::default()).is_empty());
 }
