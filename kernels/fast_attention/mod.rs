@@ -31,7 +31,8 @@ pub struct FastAttention;
 
 /// Tokens from which on 8 bits are worth their roundings: with Hopper's kernels, and elsewhere. On an H200 3600 tokens take
 /// 0.40 ms and 0.10 of roundings instead of 0.43, 5400 0.87 and 0.13 instead of 0.97, 7200 1.40 and 0.17 instead of 1.70; with
-/// `mma.sync` 1024 tokens 0.069 and 0.03 instead of 0.096, 2048 0.22 and 0.05 instead of 0.28.
+/// `mma.sync` 1024 tokens 0.069 and 0.03 instead of 0.096, 2048 0.22 and 0.05 instead of 0.28. (Hopper's roundings there left
+/// out half of the values.)
 pub const FROM_TOKENS: [usize; 2] = [6144, 1536];
 
 /// Whether 8 bits are worth it where this runs, for attention among `tokens` of a sample.

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use candle_core::DType;
 use serde_json::json;
+use wan_kernels::fast_attention;
 use wan_kernels::gpu::Gpu;
 use wan_kernels::philox::Philox;
 use wan_kernels::Exec;
@@ -37,7 +38,10 @@ struct Step {
 
 pub fn run(gpu: &Gpu, job: &Job, exec: &Exec, options: &BenchOptions) -> anyhow::Result<ExitCode> {
     let arch = &job.model.arch;
-    let (planned, _, settings) = plan_for(job, exec, options)?;
+    let (planned, tokens, settings) = plan_for(job, exec, options)?;
+    if !fast_attention::pays(exec, tokens as usize) {
+        eprintln!("note: {tokens} tokens are too few for --fast_attention to be used: it departs by nothing here");
+    }
     let device = exec.device();
     let normal = |stream, shape: &[usize]| Philox::new(3, stream, 0, 0).normal(shape, device);
     let [c, f, h, w] = latent(pixels(&options.case)?);

@@ -47,7 +47,7 @@ pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
         if let Some(needs) = lacking(config, card.capability) {
             let (major, minor) = card.capability;
             return Err(UserError::usage(format!("{needs}; {} is sm_{major}{minor}", card.name))
-                .hint("leave it out: fp8 weights without it work on every card")
+                .hint("leave it out: fp8 weights and attention in full work on every card")
                 .into());
         }
     }
