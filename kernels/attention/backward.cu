@@ -30,6 +30,7 @@
 // And each with REPEATED, where the last key stands for `copies` equal ones: its p counts that often, and its dK and dV are the
 // sums of theirs. Kernels of their own, so that self-attention does not pay for it.
 #include "../common/mma.cuh"
+#include "backward_sums.cuh"
 
 namespace wan {
 
@@ -41,9 +42,8 @@ struct AttentionBackward {
   static constexpr int kSteps = ROWS / 32;      // of 16 queries, in half a tile
   static constexpr int kColTiles = HEAD / 16;   // of 8 columns, in half a head
   static constexpr int kColSteps = HEAD / 16;   // of 16 columns, in a head
-  // dQ [ROWS,HEAD] is shared out in warp tiles of 32 rows x kDqCols columns.
-  static constexpr int kDqCols = HEAD * (ROWS / 32) / kWarps;
-  static constexpr int kDqColTiles = kDqCols / 8;
+  using Share = DqShare<HEAD, ROWS>;
+  static constexpr int kDqCols = Share::kCols, kDqColTiles = Share::kColTiles;
   static constexpr int kQBytes = ROWS * HEAD * 2;
   static constexpr int kKBytes = kKeys * HEAD * 2;
   static constexpr int kDsBytes = kKeys * ROWS * 2;
@@ -213,7 +213,7 @@ struct AttentionBackward {
     const int duo = warp >> 1, half = warp & 1;
     const int warp_key = duo * 32;
     const int own_query = half * (ROWS / 2), other_query = ROWS / 2 - own_query, own_chunk = half * (HEAD / 16);
-    const int dq_row = (warp % (ROWS / 32)) * 32, dq_col = (warp / (ROWS / 32)) * kDqCols;
+    const int dq_row = Share::row(warp), dq_col = Share::col(warp);
     const uint32_t warp_k = k_s + HeadTile::kRowBytes * warp_key + at_plain<HeadTile>(0);
     // Keys past the end must not reach dQ: their K rows are zero but p of a zero score is not, and may be infinite.
     const bool ragged = m - key_block * kKeys < kKeys;
@@ -454,82 +454,7 @@ struct AttentionBackward {
         }
       }
   }
-
-  // rows [b,n,tiles][lse, delta][ROWS]: lse * log2(e) and rowsum(dout * o); one warp a (query, head). Queries past the
-  // end get lse = inf, hence p = 0: they contribute nothing anywhere. Also clears the turn counters.
-  static __device__ void prepare(const T *__restrict__ o, const T *__restrict__ dout, const float *__restrict__ lse,
-                                 float *__restrict__ rows, int *__restrict__ turns, int n_turns, int l, int heads,
-                                 int batches) {
-    const int tiles = (l + ROWS - 1) / ROWS;
-    const long thread = static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (thread < n_turns) turns[thread] = 0;
-    const long row = thread >> 5; // over [b, tiles * ROWS, n]
-    const int lane = threadIdx.x & 31;
-    const int head = row % heads, query = row / heads % (tiles * ROWS);
-    const long batch = row / heads / (tiles * ROWS);
-    if (batch >= batches) return;
-    float delta = 0.f;
-    if (query < l) {
-#pragma unroll
-      for (int i = 0; i < HEAD / 64; ++i) {
-        const long at = ((batch * l + query) * heads + head) * HEAD + i * 64 + lane * 2;
-        const float2 a = H::unpack(*reinterpret_cast<const uint32_t *>(o + at));
-        const float2 b = H::unpack(*reinterpret_cast<const uint32_t *>(dout + at));
-        delta += a.x * b.x + a.y * b.y;
-      }
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) delta += __shfl_xor_sync(~0u, delta, offset);
-    if (lane == 0) {
-      const long pair = batch * heads + head;
-      float *at = rows + (pair * tiles + query / ROWS) * (2 * ROWS) + query % ROWS;
-      at[0] = query < l ? lse[pair * l + query] * 1.44269504088896340736f : INFINITY;
-      at[ROWS] = delta;
-    }
-  }
-
-  // dq [b,l,n,h] = scale * sum, in 16 bits. One block per (query tile, head, batch), threads as in `run`.
-  static __device__ void finish_dq(const float *__restrict__ dq_sum, T *__restrict__ dq, int l, int heads,
-                                   float scale) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int tile = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-    const int tiles = (l + ROWS - 1) / ROWS;
-    const long pair = static_cast<long>(batch) * heads + head;
-    const float4 *sum = reinterpret_cast<const float4 *>(dq_sum + (pair * tiles + tile) * (ROWS * HEAD)) +
-                        warp * (2 * kDqColTiles) * 32 + lane;
-    const int dq_row = (warp % (ROWS / 32)) * 32, dq_col = (warp / (ROWS / 32)) * kDqCols;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < kDqColTiles; ++j) {
-        const float4 part = sum[(i * kDqColTiles + j) * 32];
-        const int row = tile * ROWS + dq_row + i * 16 + (lane >> 2);
-        T *at = dq + ((static_cast<long>(batch) * l + row) * heads + head) * HEAD + dq_col + j * 8 + (lane & 3) * 2;
-        if (row < l) *reinterpret_cast<uint32_t *>(at) = H::pack(part.x * scale, part.y * scale);
-        if (row + 8 < l)
-          *reinterpret_cast<uint32_t *>(at + static_cast<long>(8) * heads * HEAD) = H::pack(part.z * scale, part.w * scale);
-      }
-  }
 };
-
-// dk, dv = the sums of parts [dk, dv][splits][n], four values a thread. Also for the parts of backward_sm90a.cu.
-template <typename T>
-__device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ dk, T *__restrict__ dv, long n,
-                               int splits) {
-  const long at = (static_cast<long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  if (at >= n) return;
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const float *part = parts + which * splits * n + at;
-    float4 sum = *reinterpret_cast<const float4 *>(part);
-    for (int split = 1; split < splits; ++split) {
-      const float4 more = *reinterpret_cast<const float4 *>(part + split * n);
-      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-    }
-    const uint2 packed = {Half16<T>::pack(sum.x, sum.y), Half16<T>::pack(sum.z, sum.w)};
-    *reinterpret_cast<uint2 *>((which ? dv : dk) + at) = packed;
-  }
-}
 
 } // namespace wan
 
@@ -540,18 +465,17 @@ __device__ void attention_keys(const float *__restrict__ parts, T *__restrict__ 
     wan::AttentionBackward<T, __VA_ARGS__, REPEATED>::run(q, k, v, dout, rows, dq_sum, turns, dk, dv, parts, l, m,     \
                                                           heads, scale, head_group, copies);                           \
   }
-#define ATTENTION_BACKWARD(SUFFIX, T, ...)                                                                             \
-  ATTENTION_BACKWARD_RUN(SUFFIX, false, T, __VA_ARGS__)                                                                \
-  ATTENTION_BACKWARD_RUN(SUFFIX##r, true, T, __VA_ARGS__)                                                              \
-  using Backward_##SUFFIX = wan::AttentionBackward<T, __VA_ARGS__, false>;                                             \
+#define ATTENTION_BACKWARD(SUFFIX, T, HEAD, ROWS, ...)                                                                 \
+  ATTENTION_BACKWARD_RUN(SUFFIX, false, T, HEAD, ROWS, __VA_ARGS__)                                                    \
+  ATTENTION_BACKWARD_RUN(SUFFIX##r, true, T, HEAD, ROWS, __VA_ARGS__)                                                  \
   extern "C" __global__ void __launch_bounds__(256) attention_rows_##SUFFIX(                                           \
       const T *o, const T *dout, const float *lse, float *rows, int *turns, int n_turns, int l, int heads,             \
       int batches) {                                                                                                   \
-    Backward_##SUFFIX::prepare(o, dout, lse, rows, turns, n_turns, l, heads, batches);                                 \
+    wan::attention_rows<T, HEAD, ROWS>(o, dout, lse, rows, turns, n_turns, l, heads, batches);                         \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       attention_dq_##SUFFIX(const float *dq_sum, T *dq, int l, int heads, float scale) {                               \
-    Backward_##SUFFIX::finish_dq(dq_sum, dq, l, heads, scale);                                                         \
+    wan::attention_dq<T, HEAD, ROWS>(dq_sum, dq, l, heads, scale);                                                     \
   }
 #define ATTENTION_KEYS(SUFFIX, T)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \

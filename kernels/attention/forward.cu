@@ -6,7 +6,7 @@
 // K and V have one buffer each: V of a tile arrives while S is computed, K of the next tile while O is updated.
 // Softmax in fp32 and base 2, scale folded into the exponent's multiply-add. The last key may stand for several equal ones:
 // `lift` is what its score gains by that, ln(count) / scale.
-#include "../common/mma.cuh"
+#include "rows.cuh"
 
 namespace wan {
 
@@ -14,7 +14,6 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
   static constexpr int kThreads = WARPS * 32;
   static constexpr int kRowTiles = ROWS / (WARPS * 16); // 16-row tiles of one warp
   static constexpr int kKeyTiles = KEYS / 8;
-  static constexpr int kHeadTiles = HEAD / 8;
   static constexpr int kSharedBytes = (ROWS + 2 * KEYS) * HEAD * 2;
   static_assert(ROWS % (WARPS * 16) == 0 && KEYS % 16 == 0 && HEAD % 64 == 0, "tile shape");
 
@@ -39,12 +38,8 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
     HeadTile::template load<KEYS, kThreads>(k_s, k, stride, m);
     cp_async_commit();
 
-    float o_acc[kRowTiles][kHeadTiles][4] = {};
-    float row_max[kRowTiles][2], row_sum[kRowTiles][2];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) row_max[i][r] = -INFINITY, row_sum[i][r] = 0.f;
+    using Rows = ForwardRows<T, HEAD, kRowTiles, kKeyTiles>;
+    Rows rows;
     const float scale_log2 = scale * 1.44269504088896340736f;
 
     // ldmatrix lane addresses; a step along a row is an exclusive or, like the tiles' swizzle (+ 2 % over adding up offsets).
@@ -63,7 +58,7 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
                                               m - tile * KEYS);
       cp_async_commit();
 
-      float s[kRowTiles][kKeyTiles][4] = {};
+      typename Rows::Scores s = {};
 #pragma unroll
       for (int step = 0; step < HEAD / 16; ++step) {
         uint32_t a[kRowTiles][4];
@@ -108,90 +103,18 @@ template <typename T, int HEAD, int ROWS, int KEYS, int WARPS> struct AttentionF
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float t = row_max[i][r];
-#pragma unroll
-          for (int j = 0; j < kKeyTiles; ++j) t = fmaxf(t, fmaxf(s[i][j][2 * r], s[i][j][2 * r + 1]));
-          t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
-          t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
-          top[i][r] = t;
-          grew |= t > row_max[i][r];
+          top[i][r] = Rows::top(s, i, r, rows.max[i][r]);
+          grew |= top[i][r] > rows.max[i][r];
         }
-      if (__any_sync(~0u, grew)) {
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float shrink = exp2_fast((row_max[i][r] - top[i][r]) * scale_log2);
-            row_max[i][r] = top[i][r];
-            row_sum[i][r] *= shrink;
-#pragma unroll
-            for (int j = 0; j < kHeadTiles; ++j) o_acc[i][j][2 * r] *= shrink, o_acc[i][j][2 * r + 1] *= shrink;
-          }
-      }
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float base = row_max[i][r] * scale_log2;
-#pragma unroll
-          for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const float p = exp2_fast(fmaf(s[i][j][2 * r + c], scale_log2, -base));
-              s[i][j][2 * r + c] = p;
-              row_sum[i][r] += p;
-            }
-        }
-
-#pragma unroll
-      for (int step = 0; step < KEYS / 16; ++step) {
-        uint32_t p[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          p[i][0] = H::pack(s[i][2 * step][0], s[i][2 * step][1]);
-          p[i][1] = H::pack(s[i][2 * step][2], s[i][2 * step][3]);
-          p[i][2] = H::pack(s[i][2 * step + 1][0], s[i][2 * step + 1][1]);
-          p[i][3] = H::pack(s[i][2 * step + 1][2], s[i][2 * step + 1][3]);
-        }
-#pragma unroll
-        for (int j = 0; j < HEAD / 16; ++j) {
-          uint32_t b[4];
-          ldmatrix4_trans(b, (lane_v ^ (j << 5)) + step * 16 * HeadTile::kRowBytes);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            H::mma(o_acc[i][2 * j], p[i], b[0], b[1]);
-            H::mma(o_acc[i][2 * j + 1], p[i], b[2], b[3]);
-          }
-        }
-      }
+      if (__any_sync(~0u, grew)) rows.rescale(top, scale_log2);
+      rows.exponentials(s, scale_log2, scale_log2);
+      rows.add_values(s, lane_v);
     }
 
-    // The sums of a row's four lanes; then O leaves through this warp's own rows of the Q tile, 16 bytes a lane.
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float sum = row_sum[i][r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const float inverse = 1.f / sum;
-        const int row = warp_row + i * 16 + r * 8 + (lane >> 2);
-        if ((lane & 3) == 0 && row0 + row < l)
-          lse[(static_cast<long>(batch) * heads + head) * l + row0 + row] = row_max[i][r] * scale + logf(sum);
-#pragma unroll
-        for (int j = 0; j < kHeadTiles; ++j)
-          *reinterpret_cast<uint32_t *>(shared + HeadTile::offset(row, j) + (lane & 3) * 4) =
-              H::pack(o_acc[i][j][2 * r] * inverse, o_acc[i][j][2 * r + 1] * inverse);
-      }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kRowTiles * 16 * HeadTile::kChunks / 32; ++i) {
-      const int at = i * 32 + lane;
-      const int row = warp_row + at / HeadTile::kChunks, chunk = at % HeadTile::kChunks;
-      if (row0 + row < l)
-        *reinterpret_cast<uint4 *>(o + row * stride + chunk * 8) =
-            *reinterpret_cast<const uint4 *>(shared + HeadTile::offset(row, chunk));
-    }
+    // O leaves through this warp's own rows of the Q tile.
+    rows.write(o, warp_row, row0, l, stride, [&](int i, int r, int row, float sum) {
+      lse[(static_cast<long>(batch) * heads + head) * l + row0 + row] = rows.max[i][r] * scale + logf(sum);
+    });
   }
 };
 

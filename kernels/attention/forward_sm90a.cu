@@ -207,23 +207,7 @@ template <typename T, int KEYS> struct AttentionForwardHopper {
       if ((lane & 3) == 0 && row < l)
         lse[(static_cast<long>(batch) * heads + head) * l + row] = row_max[r] * scale + logf(sum);
     }
-    const uint32_t o_s = q_s + group * 2 * kPanel;
-    const int row = warp * 16 + (lane & 15);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int chunk = 2 * (i & 3) + (lane >> 4);
-      stmatrix4(o_s + (i >> 2) * kPanel + row * 128 + ((chunk ^ (row & 7)) << 4),
-                H::pack(o[8 * i] * inverse[0], o[8 * i + 1] * inverse[0]),
-                H::pack(o[8 * i + 2] * inverse[1], o[8 * i + 3] * inverse[1]),
-                H::pack(o[8 * i + 4] * inverse[0], o[8 * i + 5] * inverse[0]),
-                H::pack(o[8 * i + 6] * inverse[1], o[8 * i + 7] * inverse[1]));
-    }
-    async_fence();
-    named_sync<128>(3 + group);
-    if ((threadIdx.x & 127) == 0) {
-      for (int i = 0; i < 2; ++i) tensor_store(o_s + i * kPanel, o_map, i * 64, head, row0 + group * 64, batch);
-      bulk_store_wait();
-    }
+    store_rows<T>(o, inverse, q_s + group * 2 * kPanel, o_map, head, row0 + group * 64, batch, group);
   }
 };
 

@@ -173,4 +173,29 @@ template <typename T> struct Wgmma;
 WAN_WGMMA(__nv_bfloat16, "bf16")
 WAN_WGMMA(__half, "f16")
 
+// A warpgroup's [64,128] fp32 sums, every row times its factor (of a thread's two rows), leave in 16 bits through two panels of
+// 64 x 64 in shared memory, for the rows of `map` from `row` on.
+template <typename T>
+__device__ __forceinline__ void store_rows(const float (&o)[64], const float (&factor)[2], uint32_t panels,
+                                           const TensorMap *map, int head, int row, int batch, int group) {
+  using H = Half16<T>;
+  constexpr int kPanel = 64 * 128;
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, own = warp * 16 + (lane & 15);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int chunk = 2 * (i & 3) + (lane >> 4);
+    stmatrix4(panels + (i >> 2) * kPanel + own * 128 + ((chunk ^ (own & 7)) << 4),
+              H::pack(o[8 * i] * factor[0], o[8 * i + 1] * factor[0]),
+              H::pack(o[8 * i + 2] * factor[1], o[8 * i + 3] * factor[1]),
+              H::pack(o[8 * i + 4] * factor[0], o[8 * i + 5] * factor[0]),
+              H::pack(o[8 * i + 6] * factor[1], o[8 * i + 7] * factor[1]));
+  }
+  async_fence();
+  named_sync<128>(3 + group);
+  if ((threadIdx.x & 127) == 0) {
+    for (int i = 0; i < 2; ++i) tensor_store(panels + i * kPanel, map, i * 64, head, row, batch);
+    bulk_store_wait();
+  }
+}
+
 } // namespace wan

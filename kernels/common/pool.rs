@@ -53,22 +53,22 @@ impl Pools {
         Ok(stream.upgrade_device_ptr(start, n))
     }
 
-    /// Hands what nobody uses back to the driver.
-    pub fn trim(&self) -> Done<()> {
+    /// Hands back to the driver what the pools (small, large) hold beyond `keep` bytes each and nobody uses.
+    pub fn trim(&self, keep: [u64; 2]) -> Done<()> {
+        let both = [self.small, self.large].into_iter().zip(keep);
         // SAFETY: the pools live as long as `self`; memory in use is not touched.
-        [self.small, self.large].into_iter().try_for_each(|pool| unsafe { result::mem_pool::trim_to(pool, 0) })
+        both.into_iter().try_for_each(|(pool, keep)| unsafe { result::mem_pool::trim_to(pool, keep as usize) })
     }
 
-    /// The sum over both. Of peaks that is a little more than was ever in use at once.
-    pub fn value(&self, attribute: CUmemPool_attribute) -> Done<u64> {
-        let mut sum = 0;
-        for pool in [self.small, self.large] {
-            let mut value = 0u64;
+    /// Of the pool for small tensors and of the one for large. Sums of peaks are a little more than was ever in use at
+    /// once.
+    pub fn values(&self, attribute: CUmemPool_attribute) -> Done<[u64; 2]> {
+        let mut values = [0u64; 2];
+        for (pool, value) in [self.small, self.large].into_iter().zip(&mut values) {
             // SAFETY: the pools live as long as `self`; the attributes asked for are 64-bit values.
-            unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&mut value as *mut u64).cast()).result()? };
-            sum += value;
+            unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (value as *mut u64).cast()).result()? };
         }
-        Ok(sum)
+        Ok(values)
     }
 
     pub fn set(&self, attribute: CUmemPool_attribute, value: u64) -> Done<()> {

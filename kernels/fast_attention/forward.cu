@@ -5,7 +5,7 @@
 //
 // As ../attention/forward.cu, with queries and keys as tiles of codes (codes.cuh): half the bytes, so that 64 keys a step fit
 // 48 KB, and two blocks share a processor of any card.
-#include "../common/mma.cuh"
+#include "../attention/rows.cuh"
 #include "codes.cuh"
 
 namespace wan {
@@ -19,7 +19,7 @@ __device__ __forceinline__ void mma_int8(int (&d)[4], const uint32_t (&a)[4], ui
 
 template <typename T> struct FastAttention {
   static constexpr int kKeys = 64, kWarps = 4, kThreads = kWarps * 32, kRowTiles = kCodeRows / (kWarps * 16);
-  static constexpr int kKeyTiles = kKeys / 8, kHeadTiles = kCodeHead / 8;
+  static constexpr int kKeyTiles = kKeys / 8;
   static constexpr int kKeyBytes = kKeys * 128; // codes
   static constexpr int kValueBytes = kKeys * kCodeHead * 2;
   // Codes of Q, one step of K and of V; O leaves through the place of all three.
@@ -39,7 +39,6 @@ template <typename T> struct FastAttention {
                              const float *__restrict__ q_scales, const float *__restrict__ kv_scales,
                              const float *__restrict__ shift, T *__restrict__ o, float *__restrict__ lse, int l, int m,
                              int heads, float scale) {
-    using H = Half16<T>;
     using HeadTile = Tile<kCodeHead>;
     extern __shared__ __align__(256) unsigned char shared[];
     const uint32_t q_s = smem_address(shared), k_s = q_s + kCodeBytes, v_s = k_s + kKeyBytes;
@@ -56,12 +55,8 @@ template <typename T> struct FastAttention {
     load_codes<kKeyBytes>(k_s, k);
     cp_async_commit();
 
-    float o_acc[kRowTiles][kHeadTiles][4] = {};
-    float row_max[kRowTiles][2], row_sum[kRowTiles][2];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) row_max[i][r] = -INFINITY, row_sum[i][r] = 0.f;
+    using Rows = ForwardRows<T, kCodeHead, kRowTiles, kKeyTiles>;
+    Rows rows;
     // From a sum of products of codes to the exponent of 2, but for the scale of the keys' tile. The rotation of both rows has
     // made it 128 times as large.
     const float q_log2 = q_scales[q_tile] * scale * (1.44269504088896340736f / kCodeHead);
@@ -105,7 +100,7 @@ template <typename T> struct FastAttention {
         cp_async_commit();
       }
 
-      float s[kRowTiles][kKeyTiles][4];
+      typename Rows::Scores s;
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -129,90 +124,19 @@ template <typename T> struct FastAttention {
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float t = s[i][0][2 * r];
-#pragma unroll
-          for (int j = 0; j < kKeyTiles; ++j) t = fmaxf(t, fmaxf(s[i][j][2 * r], s[i][j][2 * r + 1]));
-          t = fmaxf(t, __shfl_xor_sync(~0u, t, 1));
-          t = fmaxf(t, __shfl_xor_sync(~0u, t, 2));
-          top[i][r] = fmaxf(t * log2, row_max[i][r]);
-          grew |= top[i][r] > row_max[i][r];
+          top[i][r] = fmaxf(Rows::top(s, i, r, s[i][0][2 * r]) * log2, rows.max[i][r]);
+          grew |= top[i][r] > rows.max[i][r];
         }
-      if (__any_sync(~0u, grew)) {
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float shrink = exp2_fast(row_max[i][r] - top[i][r]);
-            row_max[i][r] = top[i][r];
-            row_sum[i][r] *= shrink;
-#pragma unroll
-            for (int j = 0; j < kHeadTiles; ++j) o_acc[i][j][2 * r] *= shrink, o_acc[i][j][2 * r + 1] *= shrink;
-          }
-      }
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-#pragma unroll
-          for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const float p = exp2_fast(fmaf(s[i][j][2 * r + c], log2, -row_max[i][r]));
-              s[i][j][2 * r + c] = p;
-              row_sum[i][r] += p;
-            }
-
-#pragma unroll
-      for (int step = 0; step < kKeys / 16; ++step) {
-        uint32_t p[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          p[i][0] = H::pack(s[i][2 * step][0], s[i][2 * step][1]);
-          p[i][1] = H::pack(s[i][2 * step][2], s[i][2 * step][3]);
-          p[i][2] = H::pack(s[i][2 * step + 1][0], s[i][2 * step + 1][1]);
-          p[i][3] = H::pack(s[i][2 * step + 1][2], s[i][2 * step + 1][3]);
-        }
-#pragma unroll
-        for (int j = 0; j < kCodeHead / 16; ++j) {
-          uint32_t b[4];
-          ldmatrix4_trans(b, (lane_v ^ (j << 5)) + step * 16 * HeadTile::kRowBytes);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            H::mma(o_acc[i][2 * j], p[i], b[0], b[1]);
-            H::mma(o_acc[i][2 * j + 1], p[i], b[2], b[3]);
-          }
-        }
-      }
+      if (__any_sync(~0u, grew)) rows.rescale(top, 1.f);
+      rows.exponentials(s, log2, 1.f);
+      rows.add_values(s, lane_v);
     }
 
-    // The sums of a row's four lanes; then O leaves through shared memory, 16 bytes a lane.
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float sum = row_sum[i][r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const float inverse = 1.f / sum;
-        const int row = warp_row + i * 16 + r * 8 + (lane >> 2);
-        if ((lane & 3) == 0 && row0 + row < l)
-          lse[pair * l + row0 + row] =
-              row_max[i][r] * 0.69314718055994530942f + logf(sum) + shift[pair * l + row0 + row] * scale;
-#pragma unroll
-        for (int j = 0; j < kHeadTiles; ++j)
-          *reinterpret_cast<uint32_t *>(shared + HeadTile::offset(row, j) + (lane & 3) * 4) =
-              H::pack(o_acc[i][j][2 * r] * inverse, o_acc[i][j][2 * r + 1] * inverse);
-      }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kRowTiles * 16 * HeadTile::kChunks / 32; ++i) {
-      const int at = i * 32 + lane;
-      const int row = warp_row + at / HeadTile::kChunks, chunk = at % HeadTile::kChunks;
-      if (row0 + row < l)
-        *reinterpret_cast<uint4 *>(o + row * stride + chunk * 8) =
-            *reinterpret_cast<const uint4 *>(shared + HeadTile::offset(row, chunk));
-    }
+    __syncthreads(); // O leaves through the place of all three
+    rows.write(o, warp_row, row0, l, stride, [&](int i, int r, int row, float sum) {
+      const long at = pair * l + row0 + row;
+      lse[at] = rows.max[i][r] * 0.69314718055994530942f + logf(sum) + shift[at] * scale;
+    });
   }
 };
 

@@ -83,7 +83,6 @@ template <typename T> struct FastAttentionHopper {
     }
 
     take_registers<240>();
-    using H = Half16<T>;
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     uint32_t s[64], p[16]; // scores: sums of codes, then the bits of exponentials
     float o[64], part[64], row_max[2], row_sum[2] = {0.f, 0.f};
@@ -240,23 +239,7 @@ template <typename T> struct FastAttentionHopper {
             (row_max[r] - kCodeLift) * 0.69314718055994530942f + logf(sum) + shift[pair * l + row] * scale;
     }
     named_sync<256>(2);
-    const uint32_t o_s = q_s + group * 2 * kOutPanel;
-    const int row = warp * 16 + (lane & 15);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int chunk = 2 * (i & 3) + (lane >> 4);
-      stmatrix4(o_s + (i >> 2) * kOutPanel + row * 128 + ((chunk ^ (row & 7)) << 4),
-                H::pack(o[8 * i] * inverse[0], o[8 * i + 1] * inverse[0]),
-                H::pack(o[8 * i + 2] * inverse[1], o[8 * i + 3] * inverse[1]),
-                H::pack(o[8 * i + 4] * inverse[0], o[8 * i + 5] * inverse[0]),
-                H::pack(o[8 * i + 6] * inverse[1], o[8 * i + 7] * inverse[1]));
-    }
-    async_fence();
-    named_sync<128>(3 + group);
-    if ((threadIdx.x & 127) == 0) {
-      for (int i = 0; i < 2; ++i) tensor_store(o_s + i * kOutPanel, o_map, i * 64, head, row0 + group * 64, batch);
-      bulk_store_wait();
-    }
+    store_rows<T>(o, inverse, q_s + group * 2 * kOutPanel, o_map, head, row0 + group * 64, batch, group);
   }
 };
 

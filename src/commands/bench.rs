@@ -66,12 +66,13 @@ fn measure(typed: Typed, options: &BenchOptions) -> anyhow::Result<ExitCode> {
 #[cfg(feature = "cuda")]
 pub mod on_card {
     use std::collections::BTreeMap;
+    use std::ops::Range;
     use std::process::ExitCode;
     use std::time::Instant;
 
     use candle_core::{DType, Device};
     use serde_json::json;
-    use wan_kernels::gpu::{Gpu, KernelsOf};
+    use wan_kernels::gpu::{Gpu, KernelsOf, Memory};
     use wan_kernels::philox::Philox;
     use wan_kernels::{bench, check, Exec};
     use wan_models::arch::WanArch;
@@ -198,32 +199,41 @@ pub mod on_card {
         pub losses: Vec<f32>,
         skipped: usize,
         profiled: u64,
-        peak: u64,
         progress: Option<Box<dyn Task>>,
-        /// Bytes in tensors after each step, and what the pools held then.
-        memory: Vec<[u64; 2]>,
+        /// Behind each step; peaks are those of the step.
+        memory: Vec<Memory>,
     }
 
     impl Clock<'_> {
-        /// How the end of a long run differs from its beginning: the medians of the first and the last tenth of the counted
-        /// steps, and the memory after the first and the last of them. `None` for fewer than 20.
+        /// The most of something over all steps.
+        pub fn most_gib(&self, of: fn(&Memory) -> u64) -> f64 {
+            self.memory.iter().map(of).max().unwrap_or(0) as f64 / GIB
+        }
+
+        /// How a long run changes on its way, by tenths of the counted steps: median seconds; the most in tensors between
+        /// steps and within; the most held by the pools between steps and within, the large one's part of it by itself.
+        /// `None` for fewer than 20.
         fn drift(&self) -> Option<serde_json::Value> {
             let counted = 1..self.seconds.len().saturating_sub(1);
-            let tenth = counted.len() / 10;
-            if tenth < 2 {
+            let n = counted.len();
+            if n < 20 {
                 return None;
             }
-            let median = |steps: std::ops::Range<usize>| {
+            let tenths = || (0..10).map(|i| counted.start + n * i / 10..counted.start + n * (i + 1) / 10);
+            let median = |steps: Range<usize>| {
                 let mut seconds = self.seconds[steps].to_vec();
                 seconds.sort_by(f64::total_cmp);
                 seconds[seconds.len() / 2]
             };
-            let gib = |step: usize| self.memory[step].map(|bytes| bytes as f64 / GIB);
-            let ([used, held], [used_then, held_then]) = (gib(counted.start), gib(counted.end - 1));
-            let (first, last) = (counted.start..counted.start + tenth, counted.end - tenth..counted.end);
+            let most = |of: fn(&Memory) -> u64| -> Vec<f64> {
+                let gib = |steps: Range<usize>| self.memory[steps].iter().map(of).max().unwrap_or(0) as f64 / GIB;
+                tenths().map(gib).collect()
+            };
             Some(json!({
-                "s_first_tenth": median(first), "s_last_tenth": median(last),
-                "in_tensors_gib": [used, used_then], "held_gib": [held, held_then],
+                "s": tenths().map(median).collect::<Vec<_>>(),
+                "in_tensors_gib": most(|m| m.used), "in_tensors_peak_gib": most(|m| m.peak),
+                "held_gib": most(|m| m.reserved), "held_peak_gib": most(|m| m.reserved_peak),
+                "held_large_peak_gib": most(|m| m.large_peak),
             }))
         }
     }
@@ -234,12 +244,13 @@ pub mod on_card {
             self.losses.push(step.loss);
             self.seconds.push(update.seconds);
             self.skipped += usize::from(update.skipped.is_some());
-            let memory = self.gpu.memory().ok();
-            self.peak = memory.map_or(0, |m| m.peak);
-            let [used, held] = memory.map_or([0; 2], |m| [m.used, m.reserved]);
-            self.memory.push([used, held]);
+            // Zeros where the card does not say: it cannot compute either, and the next step tells why.
+            let memory = self.gpu.memory().unwrap_or_default();
+            let _ = self.gpu.reset_peak();
+            self.memory.push(memory);
             if let Some(progress) = &mut self.progress {
-                progress.advance(1, &format!("loss {:.4}, {:.1} GiB held", step.loss, held as f64 / GIB));
+                let held = memory.reserved_peak as f64 / GIB;
+                progress.advance(1, &format!("loss {:.4}, {held:.1} GiB held", step.loss));
             }
             if step.step + 1 == self.profiled {
                 self.gpu.start_profile();
@@ -341,7 +352,6 @@ pub mod on_card {
             skipped: 0,
             // The last step is profiled and not counted: its events cost time.
             profiled: steps,
-            peak: 0,
             progress: Some(job.progress.begin(Work { what: "training", unit: "step", start: 0, total: steps })),
             memory: Vec::new(),
         };
@@ -369,8 +379,7 @@ pub mod on_card {
         sorted.sort_by(f64::total_cmp);
         let (least, median, most) = (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
         let tflop = useful_tflop(&job.model.arch, tokens as f64);
-        let peak = watch.peak as f64 / GIB;
-        let reserved = gpu.memory()?.reserved_peak as f64 / GIB;
+        let (peak, reserved) = (watch.most_gib(|m| m.peak), watch.most_gib(|m| m.reserved_peak));
         let plan_gib = planned.memory.device() as f64 / GIB;
         let saving = |policy: wan_models::wan::SavePolicy| {
             planned.arrangement.saving.iter().filter(|b| b.keep == policy).count()
@@ -404,7 +413,7 @@ pub mod on_card {
         println!("peak memory in tensors: {peak:.2} GiB, planned {plan_gib:.2} GiB");
         gpu.stash_unpinned().iter().for_each(|why| println!("note: host memory is not pinned: {why}"));
         if let Some(drift) = watch.drift() {
-            println!("first and last tenth of the steps: {drift}");
+            println!("by tenths of the run: {drift}");
         }
         println!("losses: {:?}", watch.losses);
         for (op, calls, ms) in classes {

@@ -144,7 +144,7 @@ fn on_card(
         "card": gpu.card().name, "commit": env!("WAN_COMMIT"), "file_gib": gib(source.total_bytes()), "open_s": opened.as_secs_f64(),
         "load_s": (done - opened).as_secs_f64(), "ready_s": ready, "first_step_s": first, "start_s": ready + first,
         "second_step_s": watch.seconds.get(1), "losses": watch.losses, "kept_s": written,
-        "device_peak_gib": gib(gpu.memory()?.peak),
+        "device_peak_gib": watch.most_gib(|m| m.peak),
     });
     Ok(Started { row, peak })
 }

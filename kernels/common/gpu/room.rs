@@ -7,10 +7,11 @@ use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
 use super::{address, error, lock, Gpu, NAME};
+use crate::held::GiveBack;
 use crate::{Error, Result};
 
 /// Bytes of device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// In tensors now.
     pub used: u64,
@@ -19,6 +20,8 @@ pub struct Memory {
     /// Held by the pools now, and at most.
     pub reserved: u64,
     pub reserved_peak: u64,
+    /// The part of the pool for large tensors in the most.
+    pub large_peak: u64,
     /// Free on the card, for anybody.
     pub free: u64,
     pub total: u64,
@@ -65,9 +68,14 @@ impl Gpu {
 
     /// Waits for everything issued, and hands back what the pools hold and nobody uses.
     pub fn tidy(&self) -> Result<()> {
+        self.give_back([0; 2])
+    }
+
+    /// As [`Gpu::tidy`], of what the pools of small and large tensors hold beyond so many bytes.
+    fn give_back(&self, beyond: [u64; 2]) -> Result<()> {
         let streams = [&self.0.stream, &self.0.copies, &self.0.leaving];
-        let emptied = streams.into_iter().try_for_each(|stream| stream.synchronize());
-        emptied.and_then(|()| self.0.pools.trim()).map_err(|e| error(NAME, e.to_string()))
+        let idle = streams.into_iter().try_for_each(|stream| stream.synchronize());
+        idle.and_then(|()| self.0.pools.trim(beyond)).map_err(|e| error(NAME, e.to_string()))
     }
 
     /// A buffer of at least `bytes`, the same for every call with this name: valid until the next such call, whose work
@@ -91,12 +99,15 @@ impl Gpu {
         let context = self.0.stream.context();
         let read = || -> std::result::Result<Memory, result::DriverError> {
             let (free, total) = context.mem_get_info()?;
-            let at = |attribute| self.0.pools.value(attribute);
+            let at = |attribute| self.0.pools.values(attribute).map(|[small, large]| small + large);
+            let [small_peak, large_peak] =
+                self.0.pools.values(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?;
             Ok(Memory {
                 used: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
                 peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
                 reserved: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
-                reserved_peak: at(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
+                reserved_peak: small_peak + large_peak,
+                large_peak,
                 free: free as u64,
                 total: total as u64,
             })
@@ -111,12 +122,14 @@ impl Gpu {
 
     /// See [`crate::Exec::end_of_step`].
     pub(crate) fn end_of_step(&self) -> Result<()> {
-        let reserved = self.0.pools.value(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
-        let reserved = reserved.map_err(|e| error(NAME, e.to_string()))?;
-        if !lock(&self.0.held).grew(reserved) {
-            return Ok(());
+        let held = self.0.pools.values(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+        let held = held.map_err(|e| error(NAME, e.to_string()))?;
+        let what = lock(&self.0.held).after_step(held);
+        match what {
+            GiveBack::Nothing => Ok(()),
+            GiveBack::Beyond(keep) => self.give_back(keep),
+            GiveBack::Everything => self.tidy(),
         }
-        self.tidy()
     }
 
     /// The peaks start again from what is in use now.
