@@ -227,6 +227,11 @@ pub fn peek(dir: &Path) -> Option<(u64, u64)> {
     read_complete(dir).ok().map(|c| (c.step, c.epoch))
 }
 
+/// Refuses what is no finished state, by its marker alone.
+pub fn require(dir: &Path) -> Result<()> {
+    read_complete(dir).map(drop)
+}
+
 fn read_complete(dir: &Path) -> Result<Complete> {
     if !dir.is_dir() {
         let what = if dir.exists() { "is a file, not a state directory" } else { "does not exist" };

@@ -1,13 +1,13 @@
 //! `wan-train check`: everything that can be known before anything is loaded. Settings, paths, media, captions; every
 //! bucket with its counts; how long it will take and what it needs. All that is wrong is listed at once.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use wan_models::arch::Role;
 
+use super::buckets::Bucket;
 use super::cache::Prepared;
 use super::job::Job;
 use super::pair::Runs;
@@ -36,7 +36,7 @@ pub fn run(runs: &Runs, fix: bool) -> anyhow::Result<ExitCode> {
         faults.catch(output_place(job));
         faults.catch(preview::check(job));
     }
-    if let Some(buckets) = faults.catch(Prepared::new(job, false)).and_then(|p| dataset(job, &p, &mut faults)) {
+    if let Some(buckets) = faults.catch(Prepared::new(job, false)).and_then(|p| dataset(&p, &mut faults)) {
         for (job, source) in runs.jobs().iter().zip(&sources) {
             if let Some(settings) = faults.catch(settings(job)) {
                 faults.catch(cost(job, &settings, &buckets, source));
@@ -156,28 +156,8 @@ fn output_place(job: &Job) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Items of one size and length in one dataset.
-struct Bucket {
-    dataset: usize,
-    key: BucketKey,
-    batch: usize,
-    items: usize,
-    repeats: usize,
-    tokens: usize,
-}
-
-impl Bucket {
-    fn samples(&self) -> usize {
-        self.items * self.repeats
-    }
-
-    fn batches(&self) -> usize {
-        self.samples().div_ceil(self.batch)
-    }
-}
-
 /// What is wrong with the media, and the buckets; `None` where there is nothing to train on.
-fn dataset(job: &Job, prepared: &Prepared, faults: &mut Faults) -> Option<Vec<Bucket>> {
+fn dataset(prepared: &Prepared, faults: &mut Faults) -> Option<Vec<Bucket>> {
     let (scan, survey) = (&prepared.scan, &prepared.survey);
     let told: Vec<_> = scan.findings.iter().filter(|f| f.verdict != Verdict::Used).cloned().collect();
     if !told.is_empty() {
@@ -187,25 +167,8 @@ fn dataset(job: &Job, prepared: &Prepared, faults: &mut Faults) -> Option<Vec<Bu
     println!("{}", CacheReport::of(scan, survey).totals());
     println!("to be encoded: {} latents, {} captions\n", survey.latents_to_make(), survey.texts_to_make());
 
-    let mut buckets: BTreeMap<(usize, BucketKey), Bucket> = BTreeMap::new();
-    for entry in survey.entries.iter().filter(|e| e.fault.is_none()) {
-        let item = &survey.items[entry.item];
-        let source = survey.dataset(item);
-        for clip in &entry.clips {
-            let frames = survey.pixel_frames(item, clip.span);
-            let key = BucketKey { width: clip.span.size.0 as usize, height: clip.span.size.1 as usize, frames };
-            let bucket = buckets.entry((item.dataset, key)).or_insert_with(|| Bucket {
-                dataset: item.dataset,
-                key,
-                batch: source.batch_size.max(1),
-                items: 0,
-                repeats: source.num_repeats.max(1),
-                tokens: tokens(job, key),
-            });
-            bucket.items += 1;
-        }
-    }
-    (!buckets.is_empty()).then(|| buckets.into_values().collect())
+    let buckets = prepared.buckets();
+    (!buckets.is_empty()).then_some(buckets)
 }
 
 fn tokens(job: &Job, key: BucketKey) -> usize {
@@ -215,7 +178,7 @@ fn tokens(job: &Job, key: BucketKey) -> usize {
 
 /// The buckets with what a step of each takes, and the whole run.
 fn cost(job: &Job, settings: &TrainSettings, buckets: &[Bucket], sources: &[Source]) -> anyhow::Result<()> {
-    let sizes: Vec<_> = buckets.iter().map(|b| (b.key, b.batch.min(b.samples()))).collect();
+    let sizes: Vec<_> = buckets.iter().map(|b| (b.key, b.largest_batch())).collect();
     let forecast = plan::forecast(job, settings, &sizes, sources);
     let seconds = |i: usize| forecast.as_ref().ok().and_then(|f| Some(f.as_ref()?.seconds[i]));
     match job.config.noise_level.as_deref() {
@@ -233,7 +196,7 @@ fn cost(job: &Job, settings: &TrainSettings, buckets: &[Bucket], sources: &[Sour
             b.items.to_string(),
             b.repeats.to_string(),
             b.batches().to_string(),
-            b.tokens.to_string(),
+            tokens(job, b.key).to_string(),
             seconds(i).map_or("-".into(), |s| format!("{s:.2}")),
         ]);
     }

@@ -14,6 +14,7 @@ use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
 use crate::error::UserError;
 use crate::hub;
 use crate::report::{self, Progress};
+use crate::residency::ResidencySpec;
 use crate::train::Expert;
 
 /// A frozen DiT that a run trains on, before it is opened.
@@ -77,10 +78,19 @@ impl Job {
             .ok_or_else(|| UserError::usage(format!("task {} has no architecture file", config.task)))?;
         let model = ModelConfig::from_toml(text)?;
         let job = Self { config, resolved, model, progress, stop, of_pair };
+        job.typed_residency().check(job.model.arch.num_layers)?;
         if job.config.task == demo::TASK {
             demo::prepare(&job)?;
         }
         Ok(job)
+    }
+
+    /// How blocks are to be held as far as the settings say; the plan decides the rest.
+    pub fn typed_residency(&self) -> ResidencySpec {
+        ResidencySpec {
+            blocks_to_swap: self.config.blocks_to_swap as usize,
+            ring_size: self.config.block_swap_ring_size as usize,
+        }
     }
 
     /// From here on Ctrl-C (or a termination signal) asks for an orderly end; a second one ends at once.

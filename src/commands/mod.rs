@@ -6,6 +6,7 @@ mod bench_cache;
 #[cfg(feature = "cuda")]
 mod bench_fast;
 mod bench_start;
+mod buckets;
 mod cache;
 mod check;
 mod demo;

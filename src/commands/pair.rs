@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::cache::Prepared;
 use super::job::Job;
 use super::train::{self, Ended};
-use super::{preview, stamp, weights};
-use crate::checkpoint::Names;
+use super::{plan, preview, stamp, weights};
+use crate::checkpoint::{state, Names};
 use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
 use crate::fsio;
@@ -68,12 +68,28 @@ impl Runs {
         }
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
             weights::check_save_merged(job)?;
+            job.config.resume.as_deref().map_or(Ok(()), state::require)?;
+            if let Some(path) = &job.config.network_weights {
+                weights::start_from(path, &job.config)?;
+            }
             let seed = job.config.seed.unwrap_or_default();
             TrainSettings::from_config(&job.config, &job.model, seed)?;
             preview::prompts(job)?;
             weights::open_dits(job)?;
             weights::fetch_lightning(job)?;
             job.dits().iter().try_for_each(|dit| weights::check_merges(job, dit))?;
+            weights::check_fast(&job.config, &job.exec()?)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses, before anything is encoded, a dataset whose largest batch will not fit; says what it will take where it
+    /// does.
+    pub fn foresee(&self, prepared: &Prepared) -> anyhow::Result<()> {
+        for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
+            if let Some(said) = plan::foreseen(job, prepared)? {
+                job.progress.say(&said);
+            }
         }
         Ok(())
     }

@@ -25,7 +25,10 @@ const GIB: f64 = (1u64 << 30) as f64;
 pub fn run(job: &Job) -> anyhow::Result<ExitCode> {
     let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or_default())?;
     let (bucket, batch) = match job.dataset_path().is_ok() {
-        true => largest_surveyed(&Prepared::new(job, false)?)?,
+        true => {
+            let prepared = Prepared::new(job, false)?;
+            largest(prepared.buckets().iter().map(|b| (b.key, b.largest_batch())))?
+        }
         false => {
             println!("no dataset: planned for {} x {} pixels, {} frames", USUAL.width, USUAL.height, USUAL.frames);
             (USUAL, 1)
@@ -59,6 +62,24 @@ pub fn for_training(
 ) -> anyhow::Result<Planned> {
     let buckets = index.buckets.iter().map(|b| (b.key, b.batch_size.min(b.entries.len())));
     planned(job, config, settings, &Room::on(exec, config.vram_budget)?, largest(buckets)?, sources)
+}
+
+/// What the largest batch of a surveyed dataset will take, in a line; an error where it will not fit. `None` without media.
+pub fn foreseen(job: &Job, prepared: &Prepared) -> anyhow::Result<Option<String>> {
+    let settings = TrainSettings::from_config(&job.config, &job.model, job.config.seed.unwrap_or_default())?;
+    let buckets = prepared.buckets();
+    let Ok(largest) = largest(buckets.iter().map(|b| (b.key, b.largest_batch()))) else { return Ok(None) };
+    let sources: Vec<Source> = weights::open_dits(job)?.into_iter().map(|(_, source)| source).collect();
+    let exec = job.exec()?;
+    let room = Room::on(&exec, job.config.vram_budget)?;
+    let planned = planned(job, &job.config, &settings, &room, largest, &sources)?;
+    let BucketKey { width, height, frames } = planned.bucket;
+    Ok(Some(format!(
+        "training will take {} of {} GiB for its largest batch: {} of {width} x {height} pixels, {frames} frames",
+        plan::gib(planned.held()),
+        plan::gib(room.budget.device),
+        planned.batch,
+    )))
 }
 
 /// A plan that fits, and for what.
@@ -358,18 +379,6 @@ fn planned(
 
 pub fn geometry(job: &Job) -> LatentGeometry {
     (&super::cache::published_vae(job)).into()
-}
-
-fn largest_surveyed(prepared: &Prepared) -> anyhow::Result<(BucketKey, usize)> {
-    let clips = prepared.survey.entries.iter().flat_map(|entry| {
-        let batch = prepared.survey.dataset(&prepared.survey.items[entry.item]).batch_size;
-        entry.clips.iter().map(move |clip| {
-            let (width, height) = (clip.span.size.0 as usize, clip.span.size.1 as usize);
-            let item = &prepared.survey.items[entry.item];
-            (BucketKey { width, height, frames: prepared.survey.pixel_frames(item, clip.span) }, batch)
-        })
-    });
-    largest(clips)
 }
 
 fn largest(buckets: impl Iterator<Item = (BucketKey, usize)>) -> anyhow::Result<(BucketKey, usize)> {

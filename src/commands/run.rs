@@ -12,6 +12,9 @@ pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
     // What training needs is needed last and checked first: hours of caching for a missing file would be lost.
     runs.get_ready()?;
     let mut prepared = Prepared::new(job, true)?;
+    if prepared.scan.check().is_ok() && prepared.survey.latents_to_make() + prepared.survey.texts_to_make() > 0 {
+        runs.foresee(&prepared)?;
+    }
     prepared.make(job, CacheWhat::Both)?;
     prepared.table(job);
     prepared.scan.check()?;

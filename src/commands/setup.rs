@@ -65,10 +65,15 @@ pub fn run(options: &SetupOptions) -> anyhow::Result<ExitCode> {
     notes.iter().for_each(|note| println!("note: {note}"));
 
     let mut wants = Vec::new();
-    for (file, dir) in wanted(options)? {
+    let files = wanted(options)?;
+    let mut looking =
+        progress.begin(Work { what: "looking for files", unit: "file", start: 0, total: files.len() as u64 });
+    for (file, dir) in files {
         let state = look(&file, &dir, &hub, options.comfyui_dir.as_deref());
+        looking.advance(1, &file.name);
         wants.push(Want { file, dir, state });
     }
+    drop(looking);
     println!("{}", plan(&wants).render());
     let missing: u64 = wants.iter().map(Want::missing).sum();
     let models = options.base_dir.join(hub::folder(Role::Dit));

@@ -16,12 +16,12 @@ use super::watch::{Background, Watch};
 use super::weights::{self, Loaded};
 use crate::adapter::start;
 use crate::cache::CacheIndex;
-use crate::checkpoint::store::{newest_checkpoint, require_file};
+use crate::checkpoint::store::newest_checkpoint;
 use crate::checkpoint::{Identity, LoraFile, TrainState};
 use crate::config::{Layer, RunConfig};
 use crate::fsio;
 use crate::loader::Source;
-use crate::residency::{Residency, ResidencySpec};
+use crate::residency::Residency;
 use crate::train::{state, Frozen, Models, Outcome, Parts, TrainSettings, Trainer};
 
 pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
@@ -69,19 +69,11 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     let mut settings = TrainSettings::from_config(&config, &job.model, seed)?;
     settings.save.state |= job.of_pair;
     settings.notes.iter().for_each(|note| say(&format!("note: {note}")));
-    let typed = ResidencySpec {
-        blocks_to_swap: config.blocks_to_swap as usize,
-        ring_size: config.block_swap_ring_size as usize,
-    };
-    typed.check(job.model.arch.num_layers)?;
 
     let index = CacheIndex::build(&mut prepared.survey)?;
     let checkpoints = Checkpoints::new(job, &config, prepared.dataset(), &index)?;
     let start_weights = match &config.network_weights {
-        Some(path) => {
-            require_file("--resume_from", path)?;
-            Some((path.clone(), LoraFile::open_by(path, config.reading())?))
-        }
+        Some(path) => Some((path.clone(), weights::start_from(path, &config)?)),
         None => None,
     };
 

@@ -12,6 +12,7 @@ use wan_models::wan::{BlockWeights, WanWeights};
 use super::job::{Dit, Job};
 use super::keep::{self, Keeping};
 use super::setup;
+use crate::checkpoint::store::require_file;
 use crate::checkpoint::LoraFile;
 use crate::config::{Layer, RunConfig};
 use crate::error::UserError;
@@ -53,6 +54,12 @@ pub fn check_fast(config: &RunConfig, exec: &Exec) -> anyhow::Result<()> {
     }
     let _ = (config, exec);
     Ok(())
+}
+
+/// The LoRA that a run starts from (`--resume_from`).
+pub fn start_from(path: &Path, config: &RunConfig) -> anyhow::Result<LoraFile> {
+    require_file("--resume_from", path)?;
+    LoraFile::open_by(path, config.reading())
 }
 
 /// What 8-bit products need that a card of this compute capability does not have.

@@ -374,9 +374,12 @@ fn wrong(opt: &Opt, where_: &str, got: &str) -> UserError {
         Kind::Text | Kind::Path => "text".into(),
         Kind::List => "a list of words".into(),
     };
-    let error = UserError::usage(format!("{where_}`{}` cannot be `{got}`: it takes {wanted}", opt.name));
+    // On the command line what stands before the name belongs to it.
+    let name = if where_ == "--" { format!("`--{}`", opt.name) } else { format!("{where_}`{}`", opt.name) };
+    let error = UserError::usage(format!("{name} cannot be `{got}`: it takes {wanted}"));
     match nearest(got, opt.choices.iter().copied()) {
         Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None if opt.choices.is_empty() => error.hint(format!("{}: {}", opt.name, opt.help)),
         None => error,
     }
 }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -38,6 +39,8 @@ pub struct Hub {
     offline: bool,
     /// The wait before the second try; it doubles with each further one.
     patience: Duration,
+    /// The last answer waited for did not come, for all tries. Clones share it.
+    silent: Arc<AtomicBool>,
 }
 
 /// What the hub says of a file.
@@ -85,7 +88,7 @@ impl Hub {
     /// A server of one's own; for tests and mirrors.
     pub fn at(endpoint: impl Into<String>) -> Self {
         let endpoint = endpoint.into().trim_end_matches('/').to_owned();
-        Self { endpoint, token: None, offline: false, patience: Duration::from_secs(1) }
+        Self { endpoint, token: None, offline: false, patience: Duration::from_secs(1), silent: Arc::default() }
     }
 
     pub fn with_token(self, token: Option<String>) -> Self {
@@ -97,13 +100,15 @@ impl Hub {
         Self { patience, ..self }
     }
 
-    /// Size and hash of a file, from the hub. Errors name the file, its page, and the way by hand.
+    /// Size and hash of a file, from the hub. Once a hub has not answered in all tries, further files ask it a single time.
+    /// Errors name the file, its page, and the way by hand.
     pub fn describe(&self, file: &ModelFile, dir: &Path) -> Result<Remote> {
         if self.offline {
             return Err(self.failed(file, dir, "HF_HUB_OFFLINE is set"));
         }
         let runtime = runtime()?;
-        self.patiently(&AtomicBool::new(false), |_| runtime.block_on(self.head(file)))
+        let tries = if self.silent.load(Ordering::Relaxed) { 1 } else { TRIES };
+        self.patiently(tries, &AtomicBool::new(false), |_| runtime.block_on(self.head(file)))
             .map_err(|failure| self.explain(file, dir, failure))
     }
 
@@ -122,7 +127,7 @@ impl Hub {
         let mut fresh = part.have == 0;
         loop {
             let runtime = runtime()?;
-            self.patiently(transfer.stop, |progressed| {
+            self.patiently(TRIES, transfer.stop, |progressed| {
                 let before = part.have;
                 let got = runtime.block_on(self.rest(file, remote, &mut part, &mut transfer));
                 *progressed = part.have > before;
@@ -154,10 +159,11 @@ impl Hub {
         Ok(target)
     }
 
-    /// Tries until it works, until a fault that will not pass, or until nothing came for [`TRIES`] times in a row. A
+    /// Tries until it works, until a fault that will not pass, or until nothing came for `most` times in a row. A
     /// try that fails after bringing something (it sets its flag) does not count.
     fn patiently<T>(
         &self,
+        most: u32,
         stop: &AtomicBool,
         mut attempt: impl FnMut(&mut bool) -> std::result::Result<T, Failure>,
     ) -> std::result::Result<T, Failure> {
@@ -166,15 +172,22 @@ impl Hub {
             let mut progressed = false;
             let (why, after) = match attempt(&mut progressed) {
                 Err(Failure::Passing(why, after)) => (why, after),
-                done => return done,
+                done => {
+                    self.silent.store(false, Ordering::Relaxed);
+                    return done;
+                }
             };
             tries = if progressed { 1 } else { tries + 1 };
-            if tries >= TRIES {
+            if tries >= most {
+                self.silent.store(true, Ordering::Relaxed);
                 return Err(Failure::Final(why));
             }
             let longest = Duration::from_secs(120);
             let mut left = after.unwrap_or(self.patience * 2u32.pow(tries - 1)).min(longest);
-            tracing::debug!(%why, wait = ?left, "the hub is tried again");
+            match left < Duration::from_secs(1) {
+                true => tracing::debug!(%why, wait = ?left, "the hub is tried again"),
+                false => tracing::warn!("{why}; the next try is in {} s", left.as_secs()),
+            }
             while !left.is_zero() {
                 if stop.load(Ordering::Relaxed) {
                     return Err(Failure::Stopped);

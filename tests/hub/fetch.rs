@@ -1,5 +1,5 @@
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -216,6 +216,25 @@ fn absent_unreachable_and_renamed() {
     case.server.add("New/Name/folder/vae.safetensors", &case.content);
     case.file.repo = "Old/Name".into();
     case.assert_done(case.get());
+}
+
+#[test]
+fn a_hub_that_stays_silent_is_asked_once_for_every_further_file() {
+    let case = case();
+    let door = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hub = Hub::at(format!("http://{}", door.local_addr().unwrap())).with_patience(Duration::from_millis(1));
+    let knocks = std::sync::Arc::new(AtomicUsize::new(0));
+    let seen = knocks.clone();
+    // Counts connections and says nothing on any.
+    std::thread::spawn(move || {
+        for _ in door.incoming() {
+            seen.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    for expected in [5, 6, 7] {
+        case.assert_failed(hub.clone().describe(&case.file, case.dir()).map(|_| PathBuf::new()), &[]);
+        assert_eq!(knocks.load(Ordering::SeqCst), expected);
+    }
 }
 
 #[test]

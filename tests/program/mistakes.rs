@@ -47,6 +47,39 @@ fn model_files_that_are_missing_wrong_or_torn() {
 }
 
 #[test]
+fn what_training_will_refuse_is_refused_before_anything_is_encoded() {
+    let bench = Bench::new();
+    let cache = bench.path("base/datasets/demo/cache");
+    std::fs::remove_dir_all(&cache).unwrap();
+    let args = |args: &[&str]| bench.run("", args);
+    refused(&args(&["--resume", "nowhere-state"]), 1, &["nowhere-state does not exist", "hint:"]);
+    refused(&args(&["--resume_from", "nowhere.safetensors"]), 1, &["nowhere.safetensors does not exist", "hint:"]);
+    refused(&args(&["--blocks_to_swap", "4"]), 2, &["--blocks_to_swap 4 is more than the model's 3 blocks"]);
+    refused(&bench.run("plan", &["--blocks_to_swap", "4"]), 2, &["more than the model's 3 blocks"]);
+    // Batches that no machine holds.
+    let demo = std::fs::read_to_string(bench.path("base/datasets/demo/demo.toml")).unwrap();
+    let huge = demo
+        .replace("resolution = [128, 96]", "resolution = [16384, 16384]")
+        .replace("batch_size = 1", "batch_size = 64\nnum_repeats = 64");
+    refused(&with_dataset(&bench, &huge), 1, &["this run does not fit", "batch_size 1: saves", "hint: use smaller"]);
+    assert!(!cache.exists());
+    // One that fits is announced before it is encoded.
+    let said = text(&args(&["--max_train_steps", "1"]));
+    let [planned, encoded] = ["training will take", "latents 1/"].map(|what| said.find(what).expect(what));
+    assert!(planned < encoded && cache.exists(), "{said}");
+}
+
+#[test]
+fn values_that_an_option_does_not_take() {
+    let bench = Bench::new();
+    let args = |args: &[&str]| bench.run("plan", args);
+    refused(&args(&["--noise_level", "medium"]), 2, &["`--noise_level` cannot be `medium`", "high, low, both, shared"]);
+    refused(&args(&["--vram_budget", "24GB"]), 2, &["`--vram_budget` cannot be `24GB`", "a number", "hint:", "GiB"]);
+    std::fs::write(bench.path("mine.toml"), "vram_budget = \"much\"\n").unwrap();
+    refused(&args(&["--config_file", "mine.toml"]), 2, &["mine.toml: `vram_budget` cannot be `much`"]);
+}
+
+#[test]
 fn two_ways_of_8_bit_products_exclude_each_other_in_every_verb() {
     let bench = Bench::new();
     for verb in ["", "plan", "show"] {
