@@ -11,7 +11,7 @@ use super::buckets::Bucket;
 use super::cache::Prepared;
 use super::job::Job;
 use super::pair::Runs;
-use super::{plan, preview, weights};
+use super::{plan, preview, save, weights};
 use crate::cache::{BucketKey, CacheReport};
 use crate::config::SHARED;
 use crate::data::{self, repair, Verdict};
@@ -135,25 +135,10 @@ fn models(job: &Job, faults: &mut Faults) -> Vec<Source> {
 /// Whether checkpoints can be written, without making anything.
 fn output_place(job: &Job) -> anyhow::Result<()> {
     let c = &job.config;
-    let (Some(dir), Some(_)) = (&c.output_dir, &c.output_name) else {
-        return Err(UserError::usage("where to save is not given")
-            .hint("add --output_dir DIR and --output_name NAME, or use a template")
-            .into());
-    };
-    let there = std::path::absolute(dir)?;
-    let there = there.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-    let place = there.display();
-    if !there.is_dir() {
-        return Err(UserError::new(format!("--output_dir {}: {place} is a file", dir.display()))
-            .hint("choose another directory")
-            .into());
+    if c.output_dir.is_none() || c.output_name.is_none() {
+        return Err(save::nowhere());
     }
-    if there.metadata().is_ok_and(|m| m.permissions().readonly()) {
-        return Err(UserError::new(format!("--output_dir {}: {place} cannot be written to", dir.display()))
-            .hint("choose another directory, or change its mode")
-            .into());
-    }
-    Ok(())
+    save::check_places(c)
 }
 
 /// What is wrong with the media, and the buckets; `None` where there is nothing to train on.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::Prepared;
 use super::job::Job;
 use super::train::{self, Ended};
-use super::{plan, preview, stamp, weights};
+use super::{plan, preview, save, stamp, weights};
 use crate::checkpoint::{state, Names};
 use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
@@ -68,6 +68,7 @@ impl Runs {
         }
         for job in self.jobs.iter().filter(|job| self.standing(job).is_none_or(|s| !s.finished())) {
             weights::check_save_merged(job)?;
+            save::check_places(&job.config)?;
             job.config.resume.as_deref().map_or(Ok(()), state::require)?;
             if let Some(path) = &job.config.network_weights {
                 weights::start_from(path, &job.config)?;

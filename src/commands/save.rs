@@ -15,6 +15,31 @@ use crate::error::UserError;
 use crate::fsio;
 use crate::train::{Saved, Saver, Trainer, When};
 
+pub fn nowhere() -> anyhow::Error {
+    UserError::usage("where to save is not given")
+        .hint("add --output_dir DIR and --output_name NAME, or use a template")
+        .into()
+}
+
+/// Refuses directories that cannot be made or written to, without making any.
+pub fn check_places(c: &RunConfig) -> anyhow::Result<()> {
+    for (option, dir) in [("--output_dir", &c.output_dir), ("--logging_dir", &c.logging_dir)] {
+        let Some(dir) = dir else { continue };
+        let there = std::path::absolute(dir)?;
+        let there = there.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+        let (what, hint) = match there.metadata() {
+            Ok(m) if !m.is_dir() => ("is a file", "choose another directory"),
+            Ok(m) if m.permissions().readonly() => {
+                ("cannot be written to", "choose another directory, or change its mode")
+            }
+            _ => continue,
+        };
+        let what = format!("{option} {}: {} {what}", dir.display(), there.display());
+        return Err(UserError::new(what).hint(hint).into());
+    }
+    Ok(())
+}
+
 /// Writes the checkpoints of a run.
 pub struct Checkpoints {
     config: RunConfig,
@@ -28,9 +53,7 @@ impl Checkpoints {
     /// Makes the output directory and finds out now, not after hours, whether it can be written.
     pub fn new(job: &Job, c: &RunConfig, dataset: &DatasetConfig, index: &CacheIndex) -> anyhow::Result<Self> {
         let (Some(dir), Some(name)) = (&c.output_dir, &c.output_name) else {
-            return Err(UserError::usage("where to save is not given")
-                .hint("add --output_dir DIR and --output_name NAME, or use a template")
-                .into());
+            return Err(nowhere());
         };
         save_dtype(c.save_precision.as_deref())?;
         fsio::ensure_writable_dir(dir)?;

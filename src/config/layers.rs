@@ -434,6 +434,11 @@ fn from_toml(opt: &Opt, value: &toml::Value, name: &str) -> Result<Value, UserEr
     })
 }
 
+/// Whether files can be called so.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['/', '\\', '\0']) && name != "." && name != ".."
+}
+
 /// Ranges that no single type can express.
 fn validate(c: &RunConfig) -> Result<(), UserError> {
     let bad = |what: String| Err(UserError::usage(what));
@@ -458,6 +463,10 @@ fn validate(c: &RunConfig) -> Result<(), UserError> {
         if value == 0 {
             return bad(format!("{name} is 0: it must be at least 1"));
         }
+    }
+    if let Some(name) = c.output_name.as_deref().filter(|name| !is_file_name(name)) {
+        return Err(UserError::usage(format!("output_name is `{name}`: it names files and must not be a path"))
+            .hint("--output_dir says in which directory they are"));
     }
     let (low, high) = (c.min_timestep.unwrap_or(0), c.max_timestep.unwrap_or(1000));
     if low >= high || high > 1000 {

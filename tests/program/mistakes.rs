@@ -54,6 +54,13 @@ fn what_training_will_refuse_is_refused_before_anything_is_encoded() {
     let args = |args: &[&str]| bench.run("", args);
     refused(&args(&["--resume", "nowhere-state"]), 1, &["nowhere-state does not exist", "hint:"]);
     refused(&args(&["--resume_from", "nowhere.safetensors"]), 1, &["nowhere.safetensors does not exist", "hint:"]);
+    std::fs::write(bench.path("file"), b"").unwrap();
+    for option in ["--output_dir", "--logging_dir"] {
+        refused(&args(&[option, "file/here"]), 1, &[option, "file/here", "is a file", "hint:"]);
+    }
+    for name in ["../mine", "a/b", "a\\b"] {
+        refused(&args(&["--output_name", name]), 2, &["output_name", "must not be a path", "hint: --output_dir"]);
+    }
     refused(&args(&["--blocks_to_swap", "4"]), 2, &["--blocks_to_swap 4 is more than the model's 3 blocks"]);
     refused(&bench.run("plan", &["--blocks_to_swap", "4"]), 2, &["more than the model's 3 blocks"]);
     // Batches that no machine holds.
