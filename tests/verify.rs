@@ -73,6 +73,17 @@ fn every_reference_number_is_reproduced() {
 }
 
 #[test]
+fn numbers_of_unrelated_implementations_are_reproduced() {
+    let (summary, text) = verify_dir(&golden_dir().join("diffusers"));
+    let failures: Vec<&str> = text.lines().filter(|line| line.contains("FAIL")).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(summary.passed > 150 && summary.failed == 0, "{summary:?}");
+    for kind in 1..=10 {
+        assert!(text.lines().any(|line| line.starts_with(&format!("{kind:02}_"))), "no line of kind {kind}");
+    }
+}
+
+#[test]
 fn the_subset_inside_the_program_passes() {
     let (summary, text) = verify(&GoldenSource::Embedded);
     assert!(summary.failed == 0 && summary.passed > 60, "{text}");
