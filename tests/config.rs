@@ -78,6 +78,34 @@ fn flags_win_over_the_file_and_the_file_over_the_template() {
 }
 
 #[test]
+fn steps_asked_for_take_the_place_of_a_templates_epochs() {
+    let length = |args: &[&str]| {
+        let c = show(args);
+        (c["max_train_steps"].clone(), c["max_train_epochs"].clone())
+    };
+    assert_eq!(length(&["wan21-t2v-14b"]), (1600.into(), 50.into()));
+    assert_eq!(length(&["wan21-t2v-14b", "--max_train_steps", "300"]), (300.into(), Value::Null));
+    // Asked for in one place, epochs count, as in the old tool.
+    let both = ["wan21-t2v-14b", "--max_train_steps", "300", "--epochs", "7"];
+    assert_eq!(length(&both), (300.into(), 7.into()));
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let file = write("mine.toml", "max_train_epochs = 9\n");
+    let with_file = ["wan21-t2v-14b", "--config_file", &file];
+    assert_eq!(length(&with_file), (1600.into(), 9.into()));
+    assert_eq!(length(&[&with_file[..], &["--max_train_steps", "300"]].concat()), (300.into(), Value::Null));
+    let own = write("own.toml", "extends = \"t2v-vanilla\"\nmax_train_steps = 40\n[high]\nmax_train_epochs = 3\n");
+    assert_eq!(length(&["--template", &own, "--noise_level", "low"]), (40.into(), Value::Null));
+    assert_eq!(length(&["--template", &own, "--noise_level", "high"]), (40.into(), 3.into()));
+    let shared = write("shared.toml", "extends = \"t2v-vanilla\"\n[shared]\nmax_train_steps = 50\n");
+    assert_eq!(length(&["--template", &shared, "--noise_level", "shared"]), (50.into(), Value::Null));
+}
+
+#[test]
 fn hyphens_equal_underscores_and_aliases_reach_the_option() {
     let c = show(&["i2v-vanilla", "--noise-level=low", "--flow-shift", "4", "--min-lr=0.1", "--save-every", "2"]);
     assert_eq!(c["discrete_flow_shift"], 4.0);

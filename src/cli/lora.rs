@@ -184,7 +184,9 @@ fn dynamic() -> Arg {
 }
 
 fn output(command: Command) -> Command {
-    command.arg(path("out", "Where to write").required(true)).arg(flag("overwrite", "Replace the file if it exists"))
+    command
+        .arg(path("out", "Where to write").short('o').required(true))
+        .arg(flag("overwrite", "Replace the file if it exists"))
 }
 
 fn precision(command: Command) -> Command {

@@ -237,7 +237,9 @@ fn announce(job: &Job, config: &RunConfig, trainer: &Trainer) {
         facts.total_steps,
         trainer.settings().seed,
     ));
-    job.progress.say(&format!("learning rate: {}", lr.join(", ")));
+    if !trainer.settings().optimizer.own_rates() {
+        job.progress.say(&format!("learning rate: {}", lr.join(", ")));
+    }
     if let Some(boundary) = trainer.settings().shared_boundary {
         let from = (1e6 * boundary).round() / 1e3;
         job.progress.say(&format!(

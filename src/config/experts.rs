@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::layers::{Layer, Resolved};
+use super::layers::{lay_over, Layer, Resolved};
 use super::options::RunConfig;
 use super::registry;
 use crate::error::UserError;
@@ -89,11 +89,11 @@ pub fn lay_shared(mut parts: BTreeMap<&'static str, Map<String, Value>>, into: &
         // The low expert's own LoRAs are not the high one's.
         into.insert("base_weights_high_noise".into(), Value::Array(Vec::new()));
     }
-    into.extend(low);
+    lay_over(into, low);
     for (own, name) in [("dit", "dit_high_noise"), ("base_weights", "base_weights_high_noise")] {
         into.extend(high.remove(own).map(|value| (name.to_owned(), value)));
     }
-    into.extend(shared);
+    lay_over(into, shared);
 }
 
 /// Holds one LoRA over both experts against the task and the files.

@@ -5,6 +5,7 @@ mod layers;
 mod options;
 mod reference;
 pub mod registry;
+mod validate;
 
 pub use experts::{merged_name, SHARED};
 pub use layers::{line_column, needs_level, resolve, resolve_runs, unknown, Layer, Resolved, Typed};

@@ -178,7 +178,7 @@ options! {
     }
     "Training length and precision" {
         max_train_steps: u64 = 1600; "Optimizer steps"
-        max_train_epochs: Option<u64> = None, aliases &["epochs"]; "Epochs; overrides max_train_steps"
+        max_train_epochs: Option<u64> = None, aliases &["epochs"]; "Epochs; counts before max_train_steps where one command line or file has both"
         seed: Option<u64> = None; "Seed of noise, timesteps, order and initial weights (default: drawn and printed)"
         gradient_checkpointing: bool = false; "Recompute blocks in the backward pass instead of keeping their activations"
         gradient_checkpointing_cpu_offload: bool = false; "Keep what checkpointing saves in host memory"

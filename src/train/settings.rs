@@ -129,6 +129,12 @@ impl TrainSettings {
         if !(c.max_grad_norm.is_finite() && c.max_grad_norm >= 0.0) {
             return Err(UserError::usage(format!("--max_grad_norm {} must be 0 (off) or positive", c.max_grad_norm)));
         }
+        if let Some(epochs) = c.max_train_epochs.filter(|_| c.max_train_steps != RunConfig::default().max_train_steps) {
+            notes.push(format!(
+                "--max_train_epochs {epochs} says how long it trains, so --max_train_steps {} is not used",
+                c.max_train_steps
+            ));
+        }
         let length = match c.max_train_epochs {
             Some(epochs) => Length::Epochs(at_least_one("max_train_epochs", epochs)?),
             None => Length::Steps(at_least_one("max_train_steps", c.max_train_steps)?),

@@ -181,3 +181,27 @@ fn model_files_are_read_through_a_mapping_or_by_position() {
         assert!(same == lora, "{name}");
     }
 }
+
+#[test]
+fn how_long_it_trains_is_what_was_asked_for_last() {
+    let bench = Bench::new();
+    let out = bench.run("", &["--max_train_steps", "3"]);
+    assert!(out.status.success() && text(&out).contains("finished after 3 steps"), "{}", text(&out));
+    assert!(!text(&out).contains("note: --max_train_epochs"), "{}", text(&out));
+    let out = bench.run("", &["--max_train_steps", "3", "--epochs", "1"]);
+    let said = "note: --max_train_epochs 1 says how long it trains, so --max_train_steps 3 is not used";
+    assert!(out.status.success() && text(&out).contains(said), "{}", text(&out));
+}
+
+#[test]
+fn a_rate_that_is_not_used_is_not_announced() {
+    let bench = Bench::new();
+    let announced = |more: &[&str]| {
+        let out = bench.run("", &[&["--epochs", "1", "--optimizer_type", "adafactor"], more].concat());
+        assert!(out.status.success(), "{}", text(&out));
+        (text(&out).contains("learning rate: 0 %"), text(&out).contains("note: adafactor sets its own rates"))
+    };
+    assert_eq!(announced(&[]), (false, true));
+    let given = ["--optimizer_args", "relative_step=False", "scale_parameter=False"];
+    assert_eq!(announced(&given), (true, false));
+}

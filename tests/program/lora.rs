@@ -163,7 +163,7 @@ fn conversions_go_round_without_loss() {
     all_loaded(&desk.at("k.safetensors"));
     all_loaded(&desk.at("c.safetensors"));
     // The diffusers form has no alpha: one half goes into the factors, exactly, and the update stays to the bit.
-    desk.ok(&["convert", "one.safetensors", "--to", "diffusers", "--out", "@d.safetensors"]);
+    desk.ok(&["convert", "one.safetensors", "--to", "diffusers", "-o", "@d.safetensors"]);
     let keys: BTreeSet<String> = tensors(&desk.at("d.safetensors")).into_keys().collect();
     assert!(keys.contains("transformer.blocks.0.attn1.to_out.0.lora_A.weight") && keys.len() == 60, "{keys:?}");
     assert!(desk.ok(&["info", "@d.safetensors"]).contains("diffusers form"));
