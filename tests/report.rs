@@ -148,9 +148,11 @@ fn log_steps(log: &mut RunLog, steps: std::ops::RangeInclusive<u64>) {
 fn tensorboard_files_carry_the_old_tags_and_right_checksums() {
     let dir = tempfile::tempdir().unwrap();
     let started = chrono::Local::now();
-    let events = event_dir(dir.path(), "run-", started, None);
+    let events = event_dir(dir.path(), "run-", started, None).unwrap();
     let stamp = started.format("%Y%m%d%H%M%S");
     assert_eq!(events, dir.path().join(format!("run-{stamp}")).join("network_train"));
+    let another = event_dir(dir.path(), "run-", started, Some("mine")).unwrap();
+    assert_eq!(another, dir.path().join(format!("run-{stamp}-2")).join("mine"));
 
     let mut log = RunLog::create(&events, &dir.path().join("steps.jsonl"), None).unwrap();
     log.config("dim = 8").unwrap();

@@ -232,6 +232,15 @@ pub fn require(dir: &Path) -> Result<()> {
     read_complete(dir).map(drop)
 }
 
+/// The configuration that a state was saved under, without the rest of it.
+pub fn saved_config(dir: &Path) -> Result<Value> {
+    read_complete(dir)?;
+    let bytes = std::fs::read(dir.join(STATE)).map_err(|e| damaged(dir, format!("{STATE} cannot be read ({e})")))?;
+    let json: StateJson =
+        serde_json::from_slice(&bytes).map_err(|e| damaged(dir, format!("{STATE} does not parse ({e})")))?;
+    Ok(json.config)
+}
+
 fn read_complete(dir: &Path) -> Result<Complete> {
     if !dir.is_dir() {
         let what = if dir.exists() { "is a file, not a state directory" } else { "does not exist" };

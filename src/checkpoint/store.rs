@@ -55,6 +55,21 @@ impl Names {
         self.at("-state".into())
     }
 
+    /// Whether files of a run of this name are there: a LoRA, a state, a report.
+    pub fn taken(&self) -> bool {
+        let numbered = |rest: &str| {
+            let number = rest.strip_prefix("-step").or_else(|| rest.strip_prefix('-')).unwrap_or_default();
+            let after = number.trim_start_matches(|c: char| c.is_ascii_digit());
+            after.len() < number.len() && (after.starts_with('.') || after == "-state")
+        };
+        let ours = |name: &str| {
+            let rest = name.strip_prefix(&self.output_name);
+            rest.is_some_and(|rest| rest.starts_with('.') || rest.starts_with("-state") || numbered(rest))
+        };
+        let mut entries = std::fs::read_dir(&self.output_dir).into_iter().flatten().flatten();
+        entries.any(|e| ours(&e.file_name().to_string_lossy()))
+    }
+
     /// The finished state of this run that got furthest.
     pub fn latest_state(&self) -> Option<PathBuf> {
         self.states().max().map(|(_, _, path)| path)
@@ -99,8 +114,9 @@ impl Names {
     fn states(&self) -> impl Iterator<Item = (u64, u64, PathBuf)> + '_ {
         let ours = |name: &str| {
             name.strip_prefix(&self.output_name).and_then(|n| n.strip_suffix("-state")).is_some_and(|middle| {
-                let digits = middle.strip_prefix("-step").or_else(|| middle.strip_prefix('-')).unwrap_or(middle);
-                digits.chars().all(|c| c.is_ascii_digit())
+                let digits = middle.strip_prefix("-step").or_else(|| middle.strip_prefix('-'));
+                // What goes on with digits alone is another name, with seconds in its time.
+                middle.is_empty() || digits.is_some_and(|d| !d.is_empty() && d.chars().all(|c| c.is_ascii_digit()))
             })
         };
         let entries = std::fs::read_dir(&self.output_dir).into_iter().flatten().flatten();

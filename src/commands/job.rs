@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use wan_kernels::Exec;
 use wan_models::arch::{ModelConfig, Role};
 
-use super::demo;
+use super::{demo, interrupt};
 use crate::config::{merged_name, registry, Resolved, RunConfig, SHARED};
 use crate::data::{self, DataOptions, DatasetConfig, ScanReport};
 use crate::error::UserError;
@@ -93,16 +93,9 @@ impl Job {
         }
     }
 
-    /// From here on Ctrl-C (or a termination signal) asks for an orderly end; a second one ends at once.
+    /// From here on Ctrl-C, a termination signal or a hangup asks for an orderly end.
     pub fn catch_interrupts(&self) {
-        let stop = self.stop.clone();
-        // Fails only where a handler is installed already: then that one stays.
-        let _ = ctrlc::set_handler(move || {
-            if stop.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-            eprintln!("\nstopping at the next safe point; press Ctrl-C again to stop at once");
-        });
+        interrupt::catch(&self.stop);
     }
 
     pub fn stopped(&self) -> bool {

@@ -9,8 +9,10 @@ mod bench_start;
 mod buckets;
 mod cache;
 mod check;
+mod claims;
 mod demo;
 mod init_dataset;
+mod interrupt;
 mod job;
 mod keep;
 mod lora;
@@ -47,9 +49,9 @@ pub fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
 
 fn dispatch(invocation: Invocation) -> anyhow::Result<ExitCode> {
     match invocation {
-        Invocation::Run(typed) => run::run(&Runs::of(&typed)?),
+        Invocation::Run(typed) => run::run(&mut Runs::of(&typed)?),
         Invocation::Cache { typed, what } => cache::run(Runs::of(&typed)?.first(), what),
-        Invocation::Train(typed) => train::run(&Runs::of(&typed)?),
+        Invocation::Train(typed) => train::run(&mut Runs::of(&typed)?),
         Invocation::Plan(typed) => Runs::of(&typed)?.each(plan::run),
         Invocation::Show { name, typed, json } => show::show(name.as_deref(), typed, json),
         Invocation::Bench { typed, options } => bench::run(typed, &options),
@@ -69,5 +71,5 @@ fn resolve(typed: &Typed) -> anyhow::Result<Resolved> {
 }
 
 fn stamp() -> String {
-    chrono::Local::now().format("%Y%m%d_%H%M").to_string()
+    chrono::Local::now().format(claims::MINUTE).to_string()
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::Prepared;
 use super::job::Job;
 use super::train::{self, Ended};
-use super::{plan, preview, save, stamp, weights};
+use super::{claims, plan, preview, save, stamp, weights};
 use crate::checkpoint::{state, Names};
 use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
@@ -24,6 +24,8 @@ use crate::train::TrainSettings;
 pub struct Runs {
     jobs: Vec<Job>,
     pair: Option<Pair>,
+    /// Of the names that the jobs write under.
+    claims: Vec<fsio::Claim>,
 }
 
 impl Runs {
@@ -37,7 +39,7 @@ impl Runs {
         if let Some(pair) = &pair {
             runs = resolve_runs(typed, &pair.record.stamp)?;
         }
-        Ok(Self { jobs: Job::several(runs)?, pair })
+        Ok(Self { jobs: Job::several(runs)?, pair, claims: Vec::new() })
     }
 
     pub fn first(&self) -> &Job {
@@ -59,8 +61,8 @@ impl Runs {
     }
 
     /// Finds wrong what can be found before the first hour is spent, and gets what is missing and can be had, for every
-    /// run that is still to be done.
-    pub fn get_ready(&self) -> anyhow::Result<()> {
+    /// run that is still to be done. In the end the names of the runs are theirs alone.
+    pub fn get_ready(&mut self) -> anyhow::Result<()> {
         // Cheap things first: nothing is downloaded for a job whose dataset is misspelled.
         self.first().dataset_path()?;
         if let Some(pair) = &self.pair {
@@ -80,6 +82,9 @@ impl Runs {
             weights::fetch_lightning(job)?;
             job.dits().iter().try_for_each(|dit| weights::check_merges(job, dit))?;
             weights::check_fast(&job.config, &job.exec()?)?;
+        }
+        for job in &mut self.jobs {
+            self.claims.extend(claims::claim(job)?);
         }
         Ok(())
     }
@@ -230,7 +235,7 @@ impl Pair {
         let (high, low) = (&high.config.output_name, &low.config.output_name);
         let taken = [high, low].into_iter().flatten().any(|name| Names::new(dir, name).final_file().exists());
         // A second pair within a minute must not take the first one's files for its own.
-        let stamp = if taken { chrono::Local::now().format("%Y%m%d_%H%M%S").to_string() } else { stamp() };
+        let stamp = if taken { chrono::Local::now().format(claims::SECOND).to_string() } else { stamp() };
         let (template, dataset_config) = (template.clone(), dataset_config.clone());
         let record = Record { stamp, template, dataset_config, finished: Vec::new() };
         Ok(Some(Self { path, record, interrupted: false }))

@@ -6,11 +6,11 @@ use super::cache::Prepared;
 use super::pair::Runs;
 use crate::cli::CacheWhat;
 
-pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
-    let job = runs.first();
-    job.catch_interrupts();
+pub fn run(runs: &mut Runs) -> anyhow::Result<ExitCode> {
+    runs.first().catch_interrupts();
     // What training needs is needed last and checked first: hours of caching for a missing file would be lost.
     runs.get_ready()?;
+    let job = runs.first();
     let mut prepared = Prepared::new(job, true)?;
     if prepared.scan.check().is_ok() && prepared.survey.latents_to_make() + prepared.survey.texts_to_make() > 0 {
         runs.foresee(&prepared)?;

@@ -17,17 +17,17 @@ use super::weights::{self, Loaded};
 use crate::adapter::start;
 use crate::cache::CacheIndex;
 use crate::checkpoint::store::newest_checkpoint;
-use crate::checkpoint::{Identity, LoraFile, TrainState};
+use crate::checkpoint::{state::saved_config, Identity, LoraFile, Names, TrainState};
 use crate::config::{Layer, RunConfig};
 use crate::fsio;
 use crate::loader::Source;
 use crate::residency::Residency;
 use crate::train::{state, Frozen, Models, Outcome, Parts, TrainSettings, Trainer};
 
-pub fn run(runs: &Runs) -> anyhow::Result<ExitCode> {
-    let job = runs.first();
-    job.catch_interrupts();
+pub fn run(runs: &mut Runs) -> anyhow::Result<ExitCode> {
+    runs.first().catch_interrupts();
     runs.get_ready()?;
+    let job = runs.first();
     let mut prepared = Prepared::new(job, false)?;
     prepared.table(job);
     prepared.scan.check()?;
@@ -166,6 +166,16 @@ fn continued(job: &Job, state: Option<PathBuf>) -> anyhow::Result<(RunConfig, Op
     let typed = |name: &str| matches!(job.resolved.origin.get(name), Some(Layer::Flag | Layer::File(_)));
     keep_names(&mut config, &state.config, typed);
     Ok((config, Some((dir, state))))
+}
+
+/// What `job` will write under; `None` where there is no place to save.
+pub fn names(job: &Job) -> anyhow::Result<Option<Names>> {
+    let mut config = job.config.clone();
+    if let Some(dir) = config.resume.clone() {
+        let typed = |name: &str| matches!(job.resolved.origin.get(name), Some(Layer::Flag | Layer::File(_)));
+        keep_names(&mut config, &saved_config(&dir)?, typed);
+    }
+    Ok(config.output_dir.zip(config.output_name).map(|(dir, name)| Names::new(dir, name)))
 }
 
 /// Takes over the names that a state was saved under, unless they were `typed`. They are read one by one: the state may be

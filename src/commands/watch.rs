@@ -77,7 +77,7 @@ impl<'a> Watch<'a> {
             None => (None, None),
             Some(dir) => {
                 let prefix = config.log_prefix.as_deref().unwrap_or_default();
-                let events = event_dir(dir, prefix, chrono::Local::now(), config.log_tracker_name.as_deref());
+                let events = event_dir(dir, prefix, chrono::Local::now(), config.log_tracker_name.as_deref())?;
                 let name = config.output_name.as_deref().unwrap_or("run");
                 let mut log = RunLog::create(&events, &dir.join(format!("{name}.jsonl")), resumed_after)?;
                 log.config(&serde_json::to_string_pretty(config)?)?;

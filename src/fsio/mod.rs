@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+mod claim;
 mod dir;
 pub mod tensors;
 
+pub use claim::{claim, Claim};
 pub use dir::{remove_dir, write_dir_atomic};
 pub use tensors::{write_safetensors, write_streamed, TensorOut, TensorSpec};
 

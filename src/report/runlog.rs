@@ -51,14 +51,29 @@ pub struct RunLog {
     dir: PathBuf,
 }
 
-/// Where `RunLog` puts its events: `{logging_dir}/{prefix}{YYYYmmddHHMMSS}/{tracker, or network_train}`.
+/// Where `RunLog` puts its events: `{logging_dir}/{prefix}{YYYYmmddHHMMSS}/{tracker, or network_train}`. The directory of the
+/// time is made here and is this run's alone: others that began in the same second get `…-2` and so on, since TensorBoard
+/// takes what lies in one directory for one run.
 pub fn event_dir(
     logging_dir: &Path,
     prefix: &str,
     started: chrono::DateTime<chrono::Local>,
     tracker: Option<&str>,
-) -> PathBuf {
-    logging_dir.join(format!("{prefix}{}", started.format("%Y%m%d%H%M%S"))).join(tracker.unwrap_or("network_train"))
+) -> Result<PathBuf> {
+    let time = format!("{prefix}{}", started.format("%Y%m%d%H%M%S"));
+    let mut dir = logging_dir.join(&time);
+    fsio::create_dir(logging_dir)?;
+    let mut n = 1;
+    loop {
+        match std::fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir.join(tracker.unwrap_or("network_train"))),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                n += 1;
+                dir = logging_dir.join(format!("{time}-{n}"));
+            }
+            Err(e) => return Err(fsio::explain(e, &dir)),
+        }
+    }
 }
 
 impl RunLog {

@@ -23,6 +23,27 @@ fn names_are_the_old_ones() {
     is(n.final_state(), "cat-state");
 }
 
+/// Names are told apart from those that begin alike.
+#[test]
+fn a_name_has_its_own_files_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let [minute, second] = ["cat-20260101_1200", "cat-20260101_120030"].map(|name| Names::new(dir.path(), name));
+    let plain = Names::new(dir.path(), "cat");
+    sample(7).save(&second.final_state()).unwrap();
+    sample(9).save(&second.epoch_state(9)).unwrap();
+    std::fs::write(dir.path().join(".cat-20260101_1200.x.wtmp"), "").unwrap();
+    assert!(second.taken() && second.latest_state().is_some());
+    for other in [&minute, &plain] {
+        assert!(!other.taken() && other.latest_state().is_none(), "{other:?}");
+    }
+    for file in [minute.final_file(), minute.epoch_file(5), minute.step_file(5), minute.final_state()] {
+        std::fs::write(&file, "").unwrap();
+        assert!(minute.taken() && !plain.taken(), "{}", file.display());
+        std::fs::remove_file(file).unwrap();
+        assert!(!minute.taken());
+    }
+}
+
 #[test]
 fn old_epochs_go_and_states_follow_their_own_number() {
     let dir = tempfile::tempdir().unwrap();

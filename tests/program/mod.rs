@@ -9,6 +9,7 @@ mod lora;
 mod lora_fp8;
 mod mistakes;
 mod musubi;
+mod names;
 mod pair;
 mod previews;
 mod resume;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use safetensors::SafeTensors;
@@ -92,8 +92,7 @@ fn ctrl_c_ends_with_a_state_and_the_command_to_go_on() {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let interrupt = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(interrupt.success());
+    send("-INT", &child);
     let out = child.wait_with_output().unwrap();
     let said = text(&out);
     if out.status.success() {
@@ -108,23 +107,63 @@ fn ctrl_c_ends_with_a_state_and_the_command_to_go_on() {
     assert_eq!(tensors(&final_lora(&bench)), whole);
 }
 
+/// Waits until a line in the step log shows that training is under way.
+fn wait_for_a_step(bench: &Bench) {
+    let trains = || {
+        bench.outputs(".jsonl").iter().any(|log| std::fs::read_to_string(log).is_ok_and(|text| text.contains("loss")))
+    };
+    let waited = (0..2000).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        trains()
+    });
+    assert!(waited, "no step within ten seconds");
+}
+
+fn send(signal: &str, child: &Child) {
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// A training started by `env` with these words, which say how it takes signals.
+fn started_with(env: &str, bench: &Bench, args: &[&str]) -> Child {
+    let plain = bench.command("", args);
+    let mut command = Command::new("env");
+    command.arg(env).arg(plain.get_program()).args(plain.get_args()).current_dir(plain.get_current_dir().unwrap());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Shells pass a hangup on, so that it comes twice: once for both, an orderly end.
+#[test]
+fn a_terminal_that_goes_away_ends_a_run_with_a_state() {
+    let bench = Bench::new();
+    let child = started_with("--default-signal=HUP", &bench, &["--epochs", "400"]);
+    wait_for_a_step(&bench);
+    (0..3).for_each(|_| send("-HUP", &child));
+    let out = child.wait_with_output().unwrap();
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(130), "{said}");
+    assert!(said.contains("the terminal is gone") && said.contains("--resume"), "{said}");
+    let states = bench.outputs("-state");
+    assert!(states.len() == 1 && states[0].join("COMPLETE").is_file(), "{states:?}\n{said}");
+}
+
+#[test]
+fn a_run_that_was_told_to_outlive_its_terminal_does() {
+    let bench = Bench::new();
+    let child = started_with("--ignore-signal=HUP", &bench, &["--epochs", "4"]);
+    wait_for_a_step(&bench);
+    send("-HUP", &child);
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success() && text(&out).contains("finished after 32 steps"), "{}", text(&out));
+}
+
 #[test]
 fn what_an_interrupt_saved_goes_when_the_run_has_finished() {
     const PLAIN: &[&str] = &["--epochs", "4"];
     let bench = Bench::new();
     let child = bench.command("", PLAIN).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    // A line in the step log shows that training is under way.
-    let trains = || {
-        bench.outputs(".jsonl").iter().any(|log| std::fs::read_to_string(log).is_ok_and(|text| text.contains("loss")))
-    };
-    for _ in 0..2000 {
-        if trains() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let interrupt = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(interrupt.success());
+    wait_for_a_step(&bench);
+    send("-INT", &child);
     let out = child.wait_with_output().unwrap();
     let said = text(&out);
     assert_eq!(out.status.code(), Some(130), "{said}");
