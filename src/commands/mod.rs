@@ -11,6 +11,7 @@ mod cache;
 mod check;
 mod claims;
 mod demo;
+mod disk;
 mod init_dataset;
 mod interrupt;
 mod job;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::cache::Prepared;
 use super::job::Job;
 use super::train::{self, Ended};
-use super::{claims, plan, preview, save, stamp, weights};
+use super::{claims, disk, plan, preview, save, stamp, weights};
 use crate::checkpoint::{state, Names};
 use crate::config::{resolve_runs, Resolved, RunConfig, Typed};
 use crate::error::UserError;
@@ -96,6 +96,25 @@ impl Runs {
             if let Some(said) = plan::foreseen(job, prepared)? {
                 job.progress.say(&said);
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses a disk without room for the checkpoints of every run that is still to be done; says what they will take.
+    pub fn check_disk(&self, prepared: &Prepared) -> anyhow::Result<()> {
+        let batches = prepared.buckets().iter().map(|b| b.batches() as u64).sum();
+        let Some(names) = train::names(self.first())?.filter(|_| batches > 0) else { return Ok(()) };
+        let mut writes = Vec::new();
+        for job in &self.jobs {
+            let state = match self.standing(job) {
+                Some(Standing::Finished) => continue,
+                Some(Standing::From(state)) => Some(state),
+                Some(Standing::New) | None => None,
+            };
+            writes.push(train::writes(job, batches, state.as_deref())?);
+        }
+        if !writes.is_empty() {
+            self.first().progress.say(&disk::check(&names.output_dir, &writes)?);
         }
         Ok(())
     }

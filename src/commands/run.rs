@@ -15,6 +15,9 @@ pub fn run(runs: &mut Runs) -> anyhow::Result<ExitCode> {
     if prepared.scan.check().is_ok() && prepared.survey.latents_to_make() + prepared.survey.texts_to_make() > 0 {
         runs.foresee(&prepared)?;
     }
+    if prepared.scan.check().is_ok() {
+        runs.check_disk(&prepared)?;
+    }
     prepared.make(job, CacheWhat::Both)?;
     prepared.table(job);
     prepared.scan.check()?;

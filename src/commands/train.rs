@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use wan_models::wan::WanModel;
 
 use super::cache::Prepared;
+use super::disk::Writes;
 use super::job::Job;
 use super::pair::Runs;
 use super::plan;
@@ -16,9 +17,11 @@ use super::watch::{Background, Watch};
 use super::weights::{self, Loaded};
 use crate::adapter::start;
 use crate::cache::CacheIndex;
+use crate::checkpoint::state::{peek, saved_config};
 use crate::checkpoint::store::newest_checkpoint;
-use crate::checkpoint::{state::saved_config, Identity, LoraFile, Names, TrainState};
+use crate::checkpoint::{Identity, LoraFile, Names, TrainState};
 use crate::config::{Layer, RunConfig};
+use crate::error::UserError;
 use crate::fsio;
 use crate::loader::Source;
 use crate::residency::Residency;
@@ -31,6 +34,7 @@ pub fn run(runs: &mut Runs) -> anyhow::Result<ExitCode> {
     let mut prepared = Prepared::new(job, false)?;
     prepared.table(job);
     prepared.scan.check()?;
+    runs.check_disk(&prepared)?;
     runs.train(&mut prepared)
 }
 
@@ -55,19 +59,14 @@ impl Ended {
 pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyhow::Result<Ended> {
     let say = |line: &str| job.progress.say(line);
     let (mut config, resumed) = continued(job, state)?;
-    if job.of_pair && !config.save_state {
-        // What a kill costs is bounded by a state at every checkpoint, of which the last one is kept.
-        config.save_last_n_epochs_state.get_or_insert(1);
-        config.save_last_n_steps_state.get_or_insert(0);
-    }
+    with_states(job, &mut config);
     let seed = match (config.seed, &resumed) {
         (Some(seed), _) => seed,
         (None, Some((_, state))) => state::saved_seed(state).unwrap_or_default(),
         (None, None) => rand::random::<u32>().into(),
     };
     let config = RunConfig { seed: Some(seed), ..config };
-    let mut settings = TrainSettings::from_config(&config, &job.model, seed)?;
-    settings.save.state |= job.of_pair;
+    let settings = settings(job, &config, seed)?;
     settings.notes.iter().for_each(|note| say(&format!("note: {note}")));
 
     let index = CacheIndex::build(&mut prepared.survey)?;
@@ -141,6 +140,29 @@ pub fn train(job: &Job, prepared: &mut Prepared, state: Option<PathBuf>) -> anyh
     }
     plan.measured(&exec).iter().for_each(|line| say(line));
     Ok(conclude(job, &watch, outcome))
+}
+
+/// A pair has states at every checkpoint, which bound what a kill costs; of those that nobody asked for the last is kept.
+fn with_states(job: &Job, config: &mut RunConfig) {
+    if job.of_pair && !config.save_state {
+        config.save_last_n_epochs_state.get_or_insert(1);
+        config.save_last_n_steps_state.get_or_insert(0);
+    }
+}
+
+fn settings(job: &Job, config: &RunConfig, seed: u64) -> Result<TrainSettings, UserError> {
+    let mut settings = TrainSettings::from_config(config, &job.model, seed)?;
+    settings.save.state |= job.of_pair;
+    Ok(settings)
+}
+
+/// What `job` will write with `batches` batches an epoch, from `state` on if there is one.
+pub fn writes(job: &Job, batches: u64, state: Option<&Path>) -> anyhow::Result<Writes> {
+    let mut config = job.config.clone();
+    with_states(job, &mut config);
+    let settings = settings(job, &config, config.seed.unwrap_or_default())?;
+    let done = state.or(config.resume.as_deref()).and_then(peek).unwrap_or_default();
+    Writes::of(job, &config, &settings, batches, done)
 }
 
 /// What a state calls the models that it was trained on.

@@ -212,7 +212,8 @@ impl Job {
         self.sites.iter().flat_map(of).map(|p| (p.shape[0] * p.shape[1]) as u64).sum()
     }
 
-    fn moment_bytes(&self) -> u64 {
+    /// Bytes of the optimizer's moments.
+    pub fn moment_bytes(&self) -> u64 {
         const BLOCK: u64 = 256;
         const SMALL: u64 = 4096;
         match self.moments {

@@ -234,3 +234,21 @@ fn plans_that_fit_nowhere_and_cards_that_nobody_knows() {
         refused(&said(&["bench", "--case", "v21"]), 1, &["computes on the CPU only", "make cuda"]);
     }
 }
+
+#[test]
+fn a_disk_without_room_for_the_checkpoints_is_found_before_the_first_step() {
+    let bench = Bench::new();
+    let many = ["--max_train_steps", "1000000000", "--save_every_n_steps", "1", "--save_state"];
+    let out = bench.run("", &many);
+    refused(
+        &out,
+        1,
+        &["the disk of base/outputs/demo has", "free", "1012499999 LoRAs of", "states of", "hint: free some"],
+    );
+    assert!(!text(&out).contains("training 1/"), "{}", text(&out));
+    no_output(&bench);
+    // What does not stay is not counted.
+    let out = bench.run("", &["--max_train_steps", "4", "--save_every_n_steps", "1", "--save_last_n_steps", "2"]);
+    let said = "in base/outputs/demo: 4 LoRAs of 9";
+    assert!(out.status.success() && text(&out).contains(said), "{}", text(&out));
+}
