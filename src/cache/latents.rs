@@ -211,10 +211,14 @@ impl<'a> Kitchen<'a> {
             return Ok(());
         }
         let item = survey.items[survey.entries[entry].item].clone();
-        // A clip that the estimate did not foresee may still be there from an earlier run.
+        // A clip that the estimate did not foresee may still be there from an earlier run, and another run may have made
+        // one since the survey: two cards train on one dataset.
         let span = Planned { start: clip.start, frames: clip.frames.len(), size: clip.size };
         let file = survey.latent_entry(&item, span);
         if file.state.is_usable() {
+            if let Some(known) = survey.entries[entry].clips.iter_mut().find(|c| c.path == file.path) {
+                *known = file;
+            }
             return Ok(());
         }
         let mut made = self.encode(survey, &item, &clip);

@@ -125,7 +125,7 @@ impl Job {
             (_, true) => Ok(in_base),
             _ => Err(UserError::new(format!("the dataset file {} does not exist", path.display()))
                 .hint(format!(
-                    "write one (`wan-train show datasets/wan22-dataset-config-local.toml > {}` is a start), or give another with --dataset_config",
+                    "`wan-train init-dataset FOLDER -o {}` writes one for a folder of pictures and clips; --dataset_config gives another",
                     path.display()
                 ))
                 .into()),

@@ -118,6 +118,26 @@ fn a_first_run_makes_everything_and_a_second_nothing() {
 }
 
 /// Runs once, changes something, and looks at one file.
+/// Two runs on one dataset, as two cards make them.
+#[test]
+fn what_another_run_has_made_since_the_survey_is_used() {
+    let kitchen = Kitchen::new();
+    let (scan, survey) = kitchen.survey();
+    kitchen.cook().ok();
+    // It has not come to all of it yet.
+    fs::remove_file(kitchen.path(WALK)).unwrap();
+    let made = kitchen.cache_files();
+    let late = kitchen.cook_what_was_found(scan, survey).ok();
+    assert!(late.table().ends_with("3 files: 3 used\n"), "{}", late.table());
+    assert!(late.row("a_cat.png").contains("reused"), "{}", late.table());
+    assert!(late.row("frames/walk").contains("1 cached") && late.row("frames/walk").contains("1 reused"));
+    let both = kitchen.cache_files();
+    assert_eq!(both.len(), made.len() + 1);
+    let latents = made.iter().filter(|(name, _)| !name.ends_with("_te.safetensors"));
+    let changed: Vec<&String> = latents.filter(|(name, bytes)| both[*name] != **bytes).map(|(name, _)| name).collect();
+    assert!(changed.is_empty(), "{changed:?}");
+}
+
 fn state_after(file: &str, change: impl FnOnce(&mut Kitchen)) -> Freshness {
     let mut kitchen = Kitchen::new();
     kitchen.cook().ok();

@@ -208,7 +208,12 @@ impl Kitchen {
     }
 
     pub fn cook(&self) -> Meal {
-        let (scan, mut survey) = self.survey();
+        let (scan, survey) = self.survey();
+        self.cook_what_was_found(scan, survey)
+    }
+
+    /// The rest of [`Kitchen::cook`].
+    pub fn cook_what_was_found(&self, scan: ScanReport, mut survey: Survey) -> Meal {
         let result = self.run(&mut survey);
         Meal { scan, survey, result }
     }
