@@ -160,6 +160,22 @@ fn interrupted_it_says_the_same_command_goes_on() {
     assert_same(&bench);
 }
 
+/// Typed a second time while it runs, it is not trained by two.
+#[test]
+fn a_pair_that_is_going_on_is_left_alone() {
+    let bench = bench();
+    let mut first =
+        both(&bench, "", &["--epochs", "2000"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for(&bench, &mut first, "-high-", "-state");
+    let out = both(&bench, "", &["--epochs", "2000"]).output().unwrap();
+    refused(&out, 1, &["a run is going on that writes files named two-high-", "process", "hint: wait for it"]);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // What is killed holds nothing: the same command goes on.
+    let (fine, said) = run(&bench, &["--epochs", "2"]);
+    assert!(!said.contains("a run is going on"), "{fine}: {said}");
+}
+
 #[test]
 fn a_finished_expert_is_known_by_its_file_even_where_the_record_was_not_written() {
     let bench = bench();
