@@ -1,6 +1,6 @@
 //! A name under which one process at a time writes.
 
-use super::{create_dir, explain, is_dead, parent_of, TEMP_SUFFIX};
+use super::{create_dir, explain, parent_of, TEMP_SUFFIX};
 use anyhow::{Context, Result};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -10,53 +10,61 @@ use std::time::Duration;
 /// Holds a name until it is dropped, or the process ends in whatever way.
 #[derive(Debug)]
 pub struct Claim {
-    path: PathBuf,
-    /// The lock goes with it.
-    _file: File,
+    /// The file and its lock; none where the file system knows no locks.
+    held: Option<(PathBuf, File)>,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Left behind it is recognised as dead by the next run.
-        let _ = std::fs::remove_file(&self.path);
+        if let Some((path, _)) = &self.held {
+            // Left behind it is recognised as dead by the next run.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
 /// Claims `path` (a file that need not exist) for this process: a hidden file beside it, locked. `Err` of the inner result:
-/// somebody else has it, the process of that number if it can be told. Where the file system knows no locks, a file that
-/// was left behind by a kill is in the way for a day.
+/// somebody else has it, the process of that number if it can be told. Where the file system knows no locks, nobody can be
+/// told from one that was killed: there everybody gets a claim, and nothing is held.
 pub fn claim(path: &Path) -> Result<std::result::Result<Claim, Option<u32>>> {
     create_dir(parent_of(path))?;
     let name = path.file_name().with_context(|| format!("{} names no file", path.display()))?;
     let lock = path.with_file_name(format!(".{}.claim{TEMP_SUFFIX}", name.to_string_lossy()));
-    // A few times, since a dead one is removed first, and one that is being made looks taken.
-    for _ in 0..3 {
-        match OpenOptions::new().write(true).create_new(true).open(&lock) {
-            Ok(mut file) => {
-                hold(&file);
-                writeln!(file, "{}", std::process::id()).map_err(|e| explain(e, &lock))?;
-                return Ok(Ok(Claim { path: lock, _file: file }));
+    for _ in 0..TRIES {
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock);
+        let mut file = opened.map_err(|e| explain(e, &lock))?;
+        match fs4::fs_std::FileExt::try_lock_exclusive(&file) {
+            // What a dead process left is as good as new. Not so one that its owner has just removed.
+            Ok(true) if is_at(&file, &lock) => {
+                let ours = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+                ours.map_err(|e| explain(e, &lock))?;
+                return Ok(Ok(Claim { held: Some((lock, file)) }));
             }
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                if !is_dead(&lock) {
-                    let owner = std::fs::read_to_string(&lock).ok().and_then(|text| text.trim().parse().ok());
-                    return Ok(Err(owner));
-                }
+            // Whoever looks for leftovers holds the lock for a moment.
+            Ok(_) => std::thread::sleep(Duration::from_millis(10)),
+            Err(_) => {
                 let _ = std::fs::remove_file(&lock);
+                return Ok(Ok(Claim { held: None }));
             }
-            Err(e) => return Err(explain(e, &lock)),
         }
     }
-    Ok(Err(None))
+    Ok(Err(std::fs::read_to_string(&lock).ok().and_then(|text| text.trim().parse().ok())))
 }
 
-/// Whoever looks whether it is dead holds the lock for a moment.
-fn hold(file: &File) {
-    for _ in 0..50 {
-        match fs4::fs_std::FileExt::try_lock_exclusive(file) {
-            Ok(false) => std::thread::sleep(Duration::from_millis(10)),
-            _ => return,
-        }
+const TRIES: usize = 20;
+
+/// Whether `path` still names this open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let of = |m: std::fs::Metadata| (m.dev(), m.ino());
+        matches!((file.metadata().map(of), std::fs::metadata(path).map(of)), (Ok(a), Ok(b)) if a == b)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        path.exists()
     }
 }
 
@@ -75,6 +83,18 @@ mod tests {
         let again = claim(&path).unwrap().unwrap();
         drop((other, again));
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 0, "nothing is left");
+    }
+
+    #[test]
+    fn of_many_at_once_one_gets_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cat.safetensors");
+        std::fs::write(dir.path().join(".cat.safetensors.claim.wtmp"), "1\n").unwrap();
+        let claims: Vec<_> = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(|| claim(&path).unwrap())).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1);
     }
 
     #[test]
