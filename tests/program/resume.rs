@@ -1,6 +1,7 @@
 //! A run that is stopped or killed and resumed ends bit-equal to one that was not.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -112,11 +113,11 @@ fn wait_for_a_step(bench: &Bench) {
     let trains = || {
         bench.outputs(".jsonl").iter().any(|log| std::fs::read_to_string(log).is_ok_and(|text| text.contains("loss")))
     };
-    let waited = (0..2000).any(|_| {
+    let waited = (0..12000).any(|_| {
         std::thread::sleep(Duration::from_millis(5));
         trains()
     });
-    assert!(waited, "no step within ten seconds");
+    assert!(waited, "no step within a minute");
 }
 
 fn send(signal: &str, child: &Child) {
@@ -155,6 +156,21 @@ fn a_run_that_was_told_to_outlive_its_terminal_does() {
     send("-HUP", &child);
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success() && text(&out).contains("finished after 32 steps"), "{}", text(&out));
+}
+
+/// The state of a large rank takes its time, in which the second one comes.
+#[test]
+fn ctrl_c_twice_ends_at_once() {
+    let bench = Bench::new();
+    let mut child = started_with("--default-signal=INT", &bench, &["--epochs", "400", "--network_dim", "512"]);
+    wait_for_a_step(&bench);
+    send("-INT", &child);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("press Ctrl-C again")), "the first asks for an orderly end");
+    send("-INT", &child);
+    let rest: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    assert!(!rest.iter().any(|line| line.contains("--resume")) && bench.outputs("-state").is_empty(), "{rest:?}");
 }
 
 #[test]
